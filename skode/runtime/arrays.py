@@ -1,0 +1,60 @@
+"""Arrays into tensors and back: the one converter pair of the package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def as_array(X: Any) -> Any:
+    """What a user passed, as something scikit-learn's validation understands.
+
+    A torch tensor on any device (with or without gradients) becomes a NumPy array; everything else passes through.
+
+    Parameters
+    ----------
+    X : array-like, DataFrame or torch.Tensor
+
+    Returns
+    -------
+    array-like
+    """
+    return X.detach().cpu().numpy() if isinstance(X, torch.Tensor) else X
+
+
+def to_tensor(array: np.ndarray[Any, Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A contiguous tensor that holds ``array``'s values.
+
+    Shares memory with ``array`` where that is possible; a read-only array is copied, since torch would
+    otherwise hand out a writable view of it.
+
+    Parameters
+    ----------
+    array : ndarray
+    dtype : torch.dtype
+    device : torch.device
+
+    Returns
+    -------
+    torch.Tensor
+    """
+    contiguous = np.ascontiguousarray(array)
+    if not contiguous.flags.writeable:
+        contiguous = contiguous.copy()
+    return torch.from_numpy(contiguous).to(device=device, dtype=dtype)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """A NumPy array with memory of its own that holds ``tensor``'s values, from any device.
+
+    Parameters
+    ----------
+    tensor : torch.Tensor
+
+    Returns
+    -------
+    ndarray
+    """
+    return np.array(tensor.detach().cpu().numpy())

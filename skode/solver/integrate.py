@@ -1,0 +1,105 @@
+"""The loop: propose, attempt, judge, record. The same for every method, control and gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from skode.solver.control import Control, Verdict
+from skode.solver.dynamics import Dynamics
+from skode.solver.interpolate import Step
+from skode.solver.solution import Stats
+from skode.solver.step import Attempt, Scheme, Span, attempt_step
+
+
+class Recorder(Protocol):
+    """Takes note of the steps as they happen."""
+
+    @property
+    def wants_tapes(self) -> bool:
+        """Whether the next step's stages are to be linearised."""
+        ...
+
+    def record(self, y: Tensor, span: Span, attempt: Attempt, verdict: Verdict) -> None:
+        """Called once for each step that counted for some row."""
+        ...
+
+
+@dataclass
+class NoRecord:
+    """For those who want the last state only."""
+
+    wants_tapes: bool = False
+
+    def record(self, y: Tensor, span: Span, attempt: Attempt, verdict: Verdict) -> None:
+        """Forget."""
+
+
+@dataclass
+class Record:
+    """Keeps the steps: states always, stages for dense output, tapes while they fit into ``tape_budget`` bytes.
+
+    Parameters
+    ----------
+    keep_stages : bool
+    tape_budget : int
+        0 keeps none: the stages are then linearised anew going back.
+    """
+
+    keep_stages: bool = False
+    tape_budget: int = 0
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def wants_tapes(self) -> bool:
+        return self.tape_budget > 0
+
+    def record(self, y: Tensor, span: Span, attempt: Attempt, verdict: Verdict) -> None:
+        if attempt.tapes is not None:
+            self.tape_budget -= sum(tape.nbytes for tape in attempt.tapes)
+        K = attempt.K if self.keep_stages else None
+        self.steps.append(Step(y, span, verdict.h, K, attempt.tapes))
+
+
+class End(NamedTuple):
+    """Where the loop arrived."""
+
+    y: Tensor
+    stats: Stats
+
+
+def integrate(dynamics: Dynamics, scheme: Scheme, y: Tensor, control: Control, recorder: Recorder) -> End:
+    """Carry ``y`` to the control's end. Nothing here is differentiated: call it without autograd.
+
+    Parameters
+    ----------
+    dynamics : Dynamics
+    scheme : Scheme
+    y : tensor of shape (n, d)
+    control : RowControl or SharedControl
+    recorder : Recorder
+
+    Returns
+    -------
+    End
+    """
+    f: Tensor | None = control.begin(dynamics, y)
+    tape: Any | None = None
+    while control.running:
+        span = control.propose()
+        if recorder.wants_tapes:
+            if tape is None:
+                f, tape = dynamics.linearize(span.times[0], y)
+        else:
+            tape = None
+            if f is None:
+                f = dynamics(span.times[0], y)
+        attempt = attempt_step(dynamics, scheme, y, f, span, tape)
+        verdict = control.judge(y, f, span, attempt)
+        if verdict.accepted:
+            recorder.record(y, span, attempt, verdict)
+            tape = attempt.tapes[-1] if attempt.tapes is not None and scheme.tableau.fsal else None
+        y, f = verdict.y, verdict.f
+    return End(y, control.stats(y))

@@ -1,0 +1,117 @@
+"""What a solve returns: states, per-row status and statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from skode.solver.interpolate import DenseOutput
+
+
+class Status(IntEnum):
+    """How a row's solve ended."""
+
+    SUCCESS = 0
+    MAX_STEPS = 1
+    STEP_UNDERFLOW = 2
+    NON_FINITE = 3
+
+    @property
+    def message(self) -> str:
+        """What happened, and what to change."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    Status.SUCCESS: "the end was reached",
+    Status.MAX_STEPS: "max_num_steps was reached before the end; raise max_num_steps or rtol",
+    Status.STEP_UNDERFLOW: "the step shrank to round-off, the field is too steep there; raise rtol or atol, "
+    "or make the field smoother (regularise it, use a smooth activation)",
+    Status.NON_FINITE: "the field or the state became NaN or infinite; check the input's scale and the field, "
+    "or shorten the integration time",
+}
+
+
+class Stats(NamedTuple):
+    """Per-row columns of shape (n,): status, counts, and the time that was reached."""
+
+    status: Tensor
+    n_evals: Tensor
+    n_steps: Tensor
+    n_rejected: Tensor
+    t: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The solution of a batch of initial-value problems.
+
+    Attributes
+    ----------
+    t : tensor of shape (n, m)
+        Output times; NaN where a row has fewer.
+    y : tensor of shape (n, m, d)
+        States; NaN at times that a row did not reach. Carries gradients.
+    status : tensor of shape (n,), int8
+        One of :class:`Status`.
+    n_evals, n_steps, n_rejected : tensors of shape (n,), int64
+        Evaluations of the field, accepted and rejected steps.
+    t_reached : tensor of shape (n,)
+        Where each row stopped.
+    """
+
+    t: Tensor
+    y: Tensor
+    status: Tensor
+    n_evals: Tensor
+    n_steps: Tensor
+    n_rejected: Tensor
+    t_reached: Tensor
+    _dense: DenseOutput | None = None
+
+    @property
+    def y1(self) -> Tensor:
+        """States at each row's last time, shape (n, d); NaN where it was not reached."""
+        if self.t.shape[1] <= 2 and not bool(torch.isnan(self.t).any()):
+            return self.y[:, -1]
+        last = (~torch.isnan(self.t)).sum(dim=1) - 1
+        return self.y[torch.arange(len(last), device=last.device), last]
+
+    @property
+    def success(self) -> bool:
+        """Whether every row reached its end."""
+        return not bool((self.status != Status.SUCCESS).any())
+
+    def failures(self) -> dict[int, str]:
+        """Failed rows, with what happened to each, where, and what to change."""
+        rows = torch.nonzero(self.status).view(-1).tolist()
+        return {
+            row: f"row {row} stopped at t={float(self.t_reached[row]):.6g} after {int(self.n_steps[row])} accepted and "
+            f"{int(self.n_rejected[row])} rejected steps: {Status(int(self.status[row])).message}"
+            for row in rows
+        }
+
+    def evaluate(self, t: Tensor) -> Tensor:
+        """States at any times between a row's first and last, by the method's dense output (no gradients).
+
+        Parameters
+        ----------
+        t : tensor of shape (q,) or (n, q)
+
+        Returns
+        -------
+        tensor of shape (n, q, d)
+
+        Raises
+        ------
+        ValueError
+            If the solve was made without ``dense_output=True``, or a time lies outside of a row's interval.
+        """
+        if self._dense is None:
+            raise ValueError("this Solution has no dense output; call solve(..., dense_output=True).")
+        return self._dense.evaluate(t, checked=True)
