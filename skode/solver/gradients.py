@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from skode.exceptions import SolverError
-from skode.solver.control import Control, Verdict
+from skode.solver.control import Control, Tolerance, Verdict
 from skode.solver.dynamics import Dynamics
 from skode.solver.integrate import End, NoRecord, Record, Recorder, integrate
 from skode.solver.interpolate import DenseOutput, Step
@@ -22,10 +22,11 @@ from skode.solver.step import Attempt, Scheme, Span, combine
 
 
 class Run(NamedTuple):
-    """A finished solve: outputs (n, m, d), statistics, and the record that its gradient needs."""
+    """A finished solve: outputs (n, m, d), summed squared errors (n,), statistics, and what its gradient needs."""
 
     times: Tensor
     y: Tensor
+    error: Tensor
     stats: Stats
     dense: DenseOutput | None
 
@@ -38,6 +39,7 @@ class Problem:
     scheme: Scheme
     make_control: Callable[[Tensor, Tensor, Scheme], Control]
     tape_budget: int
+    error_in: Tolerance | None = None
 
 
 class Gradients(NamedTuple):
@@ -55,8 +57,8 @@ class GradientStrategy(Protocol):
         """What the forward solve has to keep: stages too where outputs are interpolated or times differentiated."""
         ...
 
-    def backward(self, problem: Problem, run: Run, g: Tensor, time: bool) -> Gradients:
-        """Pull ``g (n, m, d)`` back to the solve's inputs."""
+    def backward(self, problem: Problem, run: Run, g: Tensor, g_error: Tensor, time: bool) -> Gradients:
+        """Pull the cotangents of outputs ``(n, m, d)`` and errors ``(n,)`` back to the solve's inputs."""
         ...
 
 
@@ -95,12 +97,12 @@ class DiscreteGradient:
     """
 
     def recorder(self, problem: Problem, keep_stages: bool) -> Recorder:
-        return Record(keep_stages=keep_stages, tape_budget=problem.tape_budget)
+        return Record(keep_stages=keep_stages, tape_budget=problem.tape_budget, tolerance=problem.error_in)
 
-    def backward(self, problem: Problem, run: Run, g: Tensor, time: bool) -> Gradients:
+    def backward(self, problem: Problem, run: Run, g: Tensor, g_error: Tensor, time: bool) -> Gradients:
         dense = run.dense
         assert dense is not None
-        sweep = _Sweep(problem, dense, run.times if time else None)
+        sweep = _Sweep(problem, dense, run.times if time else None, g_error.unsqueeze(1))
         if not dense.steps:
             return Gradients(torch.nan_to_num(g).sum(dim=1), sweep.time_gradient, sweep.parameter_gradients())
         if run.times.shape[1] == 2:
@@ -137,7 +139,8 @@ def _grouped(dense: DenseOutput, run: Run, g: Tensor) -> Iterator[_Interior | No
 class _Sweep:
     """One way back through the steps, each evaluation of the field pulled exactly once."""
 
-    def __init__(self, problem: Problem, dense: DenseOutput, times: Tensor | None) -> None:
+    def __init__(self, problem: Problem, dense: DenseOutput, times: Tensor | None, g_error: Tensor) -> None:
+        self._g_error = g_error
         self.dynamics, self.scheme, self.dense = problem.dynamics, problem.scheme, dense
         self._time = times is not None
         self.time_gradient: Tensor | None = None
@@ -161,9 +164,10 @@ class _Sweep:
         if group is not None:
             lam, direct, injected = self._inject(step, lam, group)
         tableau, h = self.scheme.tableau, step.h
+        error = None if step.error is None else step.error * self._g_error
         pulled: dict[int, Tensor] = {}
         for i in reversed(range(tableau.n_stages)):
-            gk = self._stage_cotangent(i, lam, pulled, injected)
+            gk = self._stage_cotangent(i, lam, pulled, injected, error)
             if gk is not None:
                 gk = gk * h
                 self._note_step_length(step, i, gk)
@@ -197,13 +201,16 @@ class _Sweep:
         return lam
 
     def _stage_cotangent(
-        self, i: int, lam: Tensor, pulled: dict[int, Tensor], injected: Tensor | None
+        self, i: int, lam: Tensor, pulled: dict[int, Tensor], injected: Tensor | None, error: Tensor | None
     ) -> Tensor | None:
-        """Of ``K[i]``: the solution's weight, the later stages' states and the outputs inside of the step."""
+        """Of ``K[i]``: from the solution, the later stages' states, the outputs inside of the step and its error."""
         gk = None if self.scheme.tableau.b[i] == 0 else lam * self.scheme.tableau.b[i]
         for j, weight in self._a[i]:
             if j in pulled:
                 gk = pulled[j] * weight if gk is None else torch.add(gk, pulled[j], alpha=weight)
+        if error is not None and self.scheme.tableau.e is not None and self.scheme.tableau.e[i] != 0:
+            weight = self.scheme.tableau.e[i]
+            gk = error * weight if gk is None else torch.add(gk, error, alpha=weight)
         if injected is not None:
             gk = injected[:, i] if gk is None else gk + injected[:, i]
         return gk
@@ -354,7 +361,7 @@ class AdjointGradient:
     def recorder(self, problem: Problem, keep_stages: bool) -> Recorder:
         return Record(keep_stages=True) if keep_stages else NoRecord()
 
-    def backward(self, problem: Problem, run: Run, g: Tensor, time: bool) -> Gradients:
+    def backward(self, problem: Problem, run: Run, g: Tensor, g_error: Tensor, time: bool) -> Gradients:
         lost = torch.isnan(run.y)
         g = torch.where(lost, 0.0, g)
         y = torch.where(lost, 0.0, run.y)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from skode.solver.control import Control, Verdict
+from skode.solver.control import Control, Tolerance, Verdict
 from skode.solver.dynamics import Dynamics
 from skode.solver.interpolate import Step
 from skode.solver.solution import Stats
@@ -46,11 +47,15 @@ class Record:
     keep_stages : bool
     tape_budget : int
         0 keeps none: the stages are then linearised anew going back.
+    tolerance : Tolerance, optional
+        If given, ``error`` adds up the rows' squared errors in its units.
     """
 
     keep_stages: bool = False
     tape_budget: int = 0
+    tolerance: Tolerance | None = None
     steps: list[Step] = field(default_factory=list)
+    error: Tensor | None = None
 
     @property
     def wants_tapes(self) -> bool:
@@ -60,7 +65,18 @@ class Record:
         if attempt.tapes is not None:
             self.tape_budget -= sum(tape.nbytes for tape in attempt.tapes)
         K = attempt.K if self.keep_stages else None
-        self.steps.append(Step(y, span, verdict.h, K, attempt.tapes))
+        slope = None
+        if self.tolerance is not None and attempt.error is not None:
+            slope = self._add_error(self.tolerance, y, attempt.y1, attempt.error * (verdict.h != 0))
+        self.steps.append(Step(y, span, verdict.h, K, attempt.tapes, slope))
+
+    def _add_error(self, tolerance: Tolerance, y: Tensor, y1: Tensor, error: Tensor) -> Tensor:
+        """Add the mean square of error / scale, and return its derivative with the error (the scale held fixed)."""
+        scale = torch.maximum(y.abs(), y1.abs()).mul_(tolerance.rtol).add_(tolerance.atol)
+        ratio = error / scale
+        square = ratio.square().mean(dim=1)
+        self.error = square if self.error is None else self.error + square
+        return ratio.div_(scale).mul_(2 / y.shape[1])
 
 
 class End(NamedTuple):

@@ -16,13 +16,15 @@ from skode.solver.step import Scheme, Span
 
 
 class Step(NamedTuple):
-    """A recorded step: where from (``y``), what was tried, the ``h`` that counted, stages and tapes if kept."""
+    """A recorded step: where from (``y``), what was tried, the ``h`` that counted; stages, tapes and the derivative of
+    the squared error with the error if they are kept."""
 
     y: Tensor
     span: Span
     h: Any
     K: Tensor | None
     tapes: list[Any] | None
+    error: Tensor | None = None
 
 
 class Places(NamedTuple):

@@ -63,6 +63,8 @@ class Solution:
         Evaluations of the field, accepted and rejected steps.
     t_reached : tensor of shape (n,)
         Where each row stopped.
+    error_estimate : tensor of shape (n,) or None
+        Squared local errors in units of the tolerance, summed over the accepted steps; on request.
     """
 
     t: Tensor
@@ -72,6 +74,7 @@ class Solution:
     n_steps: Tensor
     n_rejected: Tensor
     t_reached: Tensor
+    error_estimate: Tensor | None = None
     _dense: DenseOutput | None = None
 
     @property

@@ -37,6 +37,7 @@ def solve(
     first_step: float | None = None,
     max_num_steps: int = 10_000,
     dense_output: bool = False,
+    error_estimate: bool = False,
     memory_budget: int = 2**28,
 ) -> Solution:
     """Solve dy/dt = field(t, y) from y0 for a batch of rows, each a problem of its own.
@@ -72,6 +73,9 @@ def solve(
         Largest number of steps, accepted or not, of a row.
     dense_output : bool, default=False
         Keep the steps, so that ``Solution.evaluate`` works at any time.
+    error_estimate : bool, default=False
+        Give ``Solution.error_estimate``: each row's squared local errors in units of the tolerance, summed over its
+        accepted steps, with gradients by "discrete" (a penalty on it keeps a learned field easy to solve).
     memory_budget : int, default=2**28
         Bytes that "discrete" may use to keep what its forward computed ("batch"); beyond that, stages are computed
         once more going back.
@@ -122,16 +126,21 @@ def solve(
         scheme,
         _control_maker(step_control, tolerance, shared, y0),
         memory_budget if step_control != "row" else 0,
+        tolerance if error_estimate else None,
     )
+    if error_estimate and (gradient != "discrete" or not tableau.adaptive):
+        raise ValueError("error_estimate=True needs gradient='discrete' and an adaptive method.")
     runs: list[Run] = []
     parameters = problem.dynamics.trainable()
     if torch.is_grad_enabled() and any(x.requires_grad for x in (y0, times, *parameters)):
-        y = _Solve.apply(problem, strategy, dense, runs, y0, times, *parameters)
+        y, error = _Solve.apply(problem, strategy, dense, runs, y0, times, *parameters)
     else:
-        recorder: Recorder = Record(keep_stages=True) if dense else NoRecord()
+        recorder: Recorder = NoRecord()
+        if dense or error_estimate:
+            recorder = Record(keep_stages=dense, tolerance=problem.error_in)
         with torch.no_grad():
             runs.append(_run(problem, recorder, dense, y0, times))
-        y = runs[0].y
+        y, error = runs[0].y, runs[0].error
     run = runs[0]
     stats = run.stats
     return Solution(
@@ -142,6 +151,7 @@ def solve(
         stats.n_steps,
         stats.n_rejected,
         stats.t,
+        error if error_estimate else None,
         run.dense if dense_output else None,
     )
 
@@ -165,7 +175,8 @@ def _run(problem: Problem, recorder: Recorder, dense: bool, y0: Tensor, times: T
         y = torch.stack([y0, y1], dim=1)
         if record is not None:
             y[:, 1].masked_fill_(torch.isnan(times[:, 1:]), torch.nan)
-    return Run(times, y, end.stats, record)
+    error = recorder.error if isinstance(recorder, Record) else None
+    return Run(times, y, y0.new_zeros(len(y0)) if error is None else error, end.stats, record)
 
 
 class _Solve(torch.autograd.Function):
@@ -181,19 +192,19 @@ class _Solve(torch.autograd.Function):
         y0: Tensor,
         times: Tensor,
         *parameters: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         recorder = strategy.recorder(problem, dense or ctx.needs_input_grad[5])
         run = _run(problem, recorder, dense, y0.detach(), times.detach())
         runs.append(run)
         ctx.problem, ctx.strategy, ctx.run = problem, strategy, run
         ctx.save_for_backward(*parameters)  # so that torch notices parameters changed in place before backward
-        return run.y
+        return run.y, run.error
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor, g_error: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
-        gradients = ctx.strategy.backward(ctx.problem, ctx.run, g.contiguous(), ctx.needs_input_grad[5])
+        gradients = ctx.strategy.backward(ctx.problem, ctx.run, g.contiguous(), g_error, ctx.needs_input_grad[5])
         return None, None, None, None, gradients.y0, gradients.times, *gradients.parameters
 
 

@@ -140,6 +140,17 @@ BOSH3 = Tableau(
     3,
 )
 
+# Bogacki and Shampine's third-order weights with the midpoint rule embedded: three evaluations a step and none at its
+# end, for solves of very few steps. The estimate is that of the midpoint rule, so it is on the safe side.
+RK32 = Tableau(
+    "rk32",
+    3,
+    ((1 / 2,), (0.0, 3 / 4)),
+    (2 / 9, 1 / 3, 4 / 9),
+    (2 / 9, 1 / 3 - 1, 4 / 9),
+    3,
+)
+
 # Tsitouras, Comput. Math. Appl. 62(2), 2011, with its free fourth-order interpolant.
 TSIT5 = Tableau(
     "tsit5",
@@ -219,7 +230,7 @@ DOPRI5 = Tableau(
 
 METHODS: dict[str, Tableau] = {
     tableau.name: tableau
-    for tableau in (EULER, MIDPOINT, HEUN, RK4, RK4_38, ADAPTIVE_HEUN, FEHLBERG2, BOSH3, TSIT5, DOPRI5)
+    for tableau in (EULER, MIDPOINT, HEUN, RK4, RK4_38, ADAPTIVE_HEUN, FEHLBERG2, RK32, BOSH3, TSIT5, DOPRI5)
 }
 
 

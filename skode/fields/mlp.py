@@ -1,0 +1,212 @@
+"""The multilayer perceptron as a vector field, its derivatives written by hand.
+
+Symbols: layer l maps ``x_l`` to ``W_l x_l + w_l t + b_l``, ``w_l`` being the last column of the layer's weight;
+``delta_l`` is the cotangent of that value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from skode.fields.activations import get_activation
+from skode.solver.dynamics import Weight
+
+
+class _Layer(nn.Module):
+    """An affine map, or ``n_members`` of them side by side; the last input column is the time if it has one."""
+
+    def __init__(self, n_in: int, n_out: int, n_members: int | None) -> None:
+        super().__init__()
+        lead = () if n_members is None else (n_members,)
+        self.weight = nn.Parameter(torch.empty(*lead, n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(*lead, n_out))
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Uniform of variance 1 / fan_in for the weight, zero for the bias."""
+        bound = (3.0 / self.weight.shape[-1]) ** 0.5
+        with torch.no_grad():
+            self.weight.copy_(torch.rand(self.weight.shape, generator=generator, dtype=torch.float64) * 2 * bound - bound)
+            self.bias.zero_()
+
+
+class _Tape:
+    """One evaluation: time, every layer's input, what the activations saved, and later every layer's delta."""
+
+    __slots__ = ("deltas", "inputs", "saved", "t")
+
+    def __init__(self, t: Tensor, inputs: list[Tensor], saved: list[Tensor]) -> None:
+        self.t, self.inputs, self.saved = t, inputs, saved
+        self.deltas: list[Tensor] = []
+
+    @property
+    def nbytes(self) -> int:
+        hidden = sum(x.numel() for x in self.inputs)
+        return 2 * hidden * self.inputs[0].element_size()
+
+
+class MLPField(nn.Module):
+    """A multilayer perceptron dy/dt = net(t, y) with closed-form derivatives.
+
+    Parameters are ordinary torch parameters, layer by layer, weight ``(n_out, n_in)`` then bias. With
+    ``time_dependent`` every layer has the time as one more input, the last column of its weight, as the concatenating
+    layers of the paper's experiments have [1]_.
+
+    Parameters
+    ----------
+    n_dims : int
+        Dimension of the state.
+    hidden_layer_sizes : sequence of int, default=(64, 64)
+        Units of the hidden layers.
+    activation : str, default="tanh"
+        "tanh", "softplus", "silu", "logistic", "identity" or "relu" (not smooth: solvers take more steps).
+    time_dependent : bool, default=True
+        Whether the time is an input of every layer.
+    n_outputs : int, optional
+        Dimension of the value, ``n_dims`` if not given.
+    n_members : int, optional
+        Makes it that many independent fields in one: parameters get a leading axis, and the rows of a batch belong to
+        the members in equal consecutive blocks.
+    generator : torch.Generator, optional
+        Draws the initial weights; fresh entropy if not given. torch's global generator is not used.
+
+    References
+    ----------
+    .. [1] Chen et al., "Neural Ordinary Differential Equations", NeurIPS 2018, section 3. arXiv:1806.07366
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skode.fields import MLPField
+    >>> field = MLPField(2, hidden_layer_sizes=(16,), generator=torch.Generator().manual_seed(0))
+    >>> field(torch.zeros(5, 1), torch.ones(5, 2)).shape
+    torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        n_dims: int,
+        hidden_layer_sizes: Sequence[int] = (64, 64),
+        activation: str = "tanh",
+        time_dependent: bool = True,
+        *,
+        n_outputs: int | None = None,
+        n_members: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_dims, self.n_members, self.time_dependent = n_dims, n_members, time_dependent
+        self._activation = get_activation(activation)
+        sizes = [n_dims, *hidden_layer_sizes, n_dims if n_outputs is None else n_outputs]
+        if min(sizes) < 1:
+            raise ValueError(f"every layer needs at least one unit; got sizes {sizes}.")
+        self.layers = nn.ModuleList(
+            _Layer(n_in + int(time_dependent), n_out, n_members) for n_in, n_out in pairwise(sizes)
+        )
+        if generator is None:
+            generator = torch.Generator()
+            generator.seed()
+        self.draw(generator)
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Draw all parameters anew."""
+        for layer in self.layers:
+            layer.draw(generator)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        """Value at times ``t (n, 1)`` and states ``y (n, d)``."""
+        x, last = self._grouped(y), len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            x = self._affine(layer, t, x)
+            if i < last:
+                x = self._activation.forward(x)
+        return x.reshape(len(y), x.shape[-1])
+
+    def linearize(self, t: Tensor, y: Tensor) -> tuple[Tensor, _Tape]:
+        """Value, and a tape for :meth:`pull`."""
+        x, last = self._grouped(y), len(self.layers) - 1
+        inputs, saved = [], []
+        for i, layer in enumerate(self.layers):
+            inputs.append(x)
+            x = self._affine(layer, t, x)
+            if i < last:
+                before, x = x, self._activation.forward(x)
+                saved.append(x if self._activation.saves_output else before)
+        return x.reshape(len(y), x.shape[-1]), _Tape(t, inputs, saved)
+
+    def pull(self, tape: _Tape, a: Tensor, *, time: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The cotangents of the state and, if asked for, of the time ``(n, 1)``."""
+        delta = self._grouped(a)
+        tape.deltas = [delta] * len(self.layers)
+        for i in reversed(range(len(self.layers))):
+            if i < len(self.layers) - 1:
+                delta = self._activation.backward(delta, tape.saved[i])
+            tape.deltas[i] = delta
+            delta = delta @ self._matrix(self.layers[i])
+        dy = delta.reshape(len(a), self.n_dims)
+        return dy, self._time_cotangent(tape, len(a)) if time else None
+
+    def accumulate(self, tapes: Sequence[_Tape], weights: Sequence[Weight] | None = None) -> tuple[Tensor, ...]:
+        """The parameters' gradients, one product a layer over all evaluations."""
+        gradients: list[Tensor] = []
+        t = torch.cat([self._grouped_time(tape) for tape in tapes], dim=-2) if self.time_dependent else None
+        for i in range(len(self.layers)):
+            delta = torch.cat(self._weighted(tapes, weights, i), dim=-2)
+            x = torch.cat([tape.inputs[i] for tape in tapes], dim=-2)
+            if t is not None:
+                x = torch.cat([x, t], dim=-1)
+            gradients += [delta.mT @ x, delta.sum(dim=-2)]
+        return tuple(gradients)
+
+    def trainable(self) -> tuple[Tensor, ...]:
+        """All parameters, in the order of :meth:`accumulate`."""
+        return tuple(self.parameters())
+
+    # --- layers ---
+
+    def _matrix(self, layer: nn.Module) -> Tensor:
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        return weight[..., :-1] if self.time_dependent else weight
+
+    def _affine(self, layer: nn.Module, t: Tensor, x: Tensor) -> Tensor:
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        bias: Tensor = layer.bias  # type: ignore[assignment]
+        product = torch.addmm if self.n_members is None else torch.baddbmm
+        if not self.time_dependent:
+            return product(bias if self.n_members is None else bias.unsqueeze(1), x, weight.mT)
+        shared = t.stride(0) == 0 or len(t) == 1
+        if shared:
+            bias = torch.addcmul(bias, weight[..., -1], t[0])
+        if self.n_members is not None:
+            bias = bias.unsqueeze(1)
+        out = product(bias, x, weight[..., :-1].mT)
+        return out if shared else torch.addcmul(out, self._by_member(t), weight[..., -1].unsqueeze(-2))
+
+    # --- rows and members ---
+
+    def _by_member(self, rows: Tensor) -> Tensor:
+        return rows if self.n_members is None else rows.reshape(self.n_members, -1, rows.shape[-1])
+
+    def _grouped(self, y: Tensor) -> Tensor:
+        return y if self.n_members is None else y.view(self.n_members, -1, y.shape[-1])
+
+    def _grouped_time(self, tape: _Tape) -> Tensor:
+        return self._by_member(tape.t)
+
+    def _weighted(self, tapes: Sequence[_Tape], weights: Sequence[Weight] | None, i: int) -> list[Tensor]:
+        if weights is None:
+            return [tape.deltas[i] for tape in tapes]
+        scales = [self._by_member(w) if isinstance(w, Tensor) else w for w in weights]
+        return [tape.deltas[i] * scale for tape, scale in zip(tapes, scales, strict=True)]
+
+    def _time_cotangent(self, tape: _Tape, n_rows: int) -> Tensor:
+        total = tape.t.new_zeros((n_rows, 1))
+        if not self.time_dependent:
+            return total
+        for delta, layer in zip(tape.deltas, self.layers, strict=True):
+            column: Tensor = layer.weight[..., -1:]  # type: ignore[index, assignment]
+            total = total + (delta @ column).reshape(n_rows, 1)
+        return total
