@@ -124,6 +124,7 @@ class RowControl:
         self._steps, self._rejected = self._evals.clone(), self._evals.clone()
         self._previous = torch.full_like(self._evals, 120)
         self._was_rejected = torch.zeros_like(self._active)
+        self.h = (self.t1 - self.t).abs()
         self.running = bool(self._active.any())
 
     def begin(self, dynamics: Dynamics, y: Tensor) -> Tensor:
@@ -217,7 +218,8 @@ class RowControl:
     def stats(self, y: Tensor) -> Stats:
         """What each row did, and at which time it stopped."""
         columns = (self._status, self._evals, self._steps, self._rejected, self.t)
-        return Stats(*(column.view(-1) for column in columns))
+        next_step = float(self.h.mean()) if self._status.numel() else 0.0
+        return Stats(*(column.view(-1) for column in columns), next_step)
 
 
 # --- one step size for the batch --------------------------------------------------------------------------------
@@ -342,9 +344,8 @@ class SharedControl:
         if self._status == Status.SUCCESS:
             status.masked_fill_(~torch.isfinite(y).all(dim=1), Status.NON_FINITE)
         counts = (self._n_evals, self._n_steps, self._n_rejected)
-        return Stats(
-            status, *(column(count, torch.int64) for count in counts), column(self.t, time_dtype_of(device))
-        )
+        reached = column(self.t, time_dtype_of(device))
+        return Stats(status, *(column(count, torch.int64) for count in counts), reached, self.h)
 
 
 Control = RowControl | SharedControl

@@ -76,11 +76,14 @@ class AutogradDynamics:
     Parameters
     ----------
     field : nn.Module or callable
-        ``field(t, y)`` with t ``(n, 1)`` and y ``(n, d)`` returns ``(n, d)``.
+        ``field(t, y)`` with t ``(n, 1)`` and y ``(n, d)`` returns ``(n, n_outputs)``.
+    n_outputs : int, optional
+        The state's dimension if not given.
     """
 
-    def __init__(self, field: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, field: Callable[[Tensor, Tensor], Tensor], *, n_outputs: int | None = None) -> None:
         self._field = field
+        self._n_outputs = n_outputs
         parameters = field.parameters() if isinstance(field, nn.Module) else ()
         self._parameters = tuple(parameter for parameter in parameters if parameter.requires_grad)
 
@@ -125,10 +128,11 @@ class AutogradDynamics:
     def _checked(self, f: Any, y: Tensor) -> Tensor:
         if not isinstance(f, Tensor):
             raise FieldError(f"the field {self._name} returned {type(f).__name__}; it must return a tensor.")
-        if f.shape != y.shape:
+        expected = (len(y), self._n_outputs or y.shape[1])
+        if f.shape != expected:
             raise FieldError(
                 f"the field {self._name} returned shape {tuple(f.shape)} for a state of shape {tuple(y.shape)}; "
-                "dy/dt must have the state's shape."
+                f"it must return shape {expected}, one derivative for each component."
             )
         if f.dtype != y.dtype:
             raise FieldError(

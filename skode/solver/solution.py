@@ -38,13 +38,14 @@ _MESSAGES = {
 
 
 class Stats(NamedTuple):
-    """Per-row columns of shape (n,): status, counts, and the time that was reached."""
+    """Per-row columns of shape (n,): status, counts, the time that was reached; and the step that would come next."""
 
     status: Tensor
     n_evals: Tensor
     n_steps: Tensor
     n_rejected: Tensor
     t: Tensor
+    next_step: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,8 @@ class Solution:
         Evaluations of the field, accepted and rejected steps.
     t_reached : tensor of shape (n,)
         Where each row stopped.
+    next_step : float
+        The controller's proposal after the last step (the rows' mean): a first step for a similar solve.
     error_estimate : tensor of shape (n,) or None
         Squared local errors in units of the tolerance, summed over the accepted steps; on request.
     """
@@ -74,6 +77,7 @@ class Solution:
     n_steps: Tensor
     n_rejected: Tensor
     t_reached: Tensor
+    next_step: float
     error_estimate: Tensor | None = None
     _dense: DenseOutput | None = None
 

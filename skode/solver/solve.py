@@ -151,6 +151,7 @@ def solve(
         stats.n_steps,
         stats.n_rejected,
         stats.t,
+        stats.next_step,
         error if error_estimate else None,
         run.dense if dense_output else None,
     )

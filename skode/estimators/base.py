@@ -1,0 +1,570 @@
+"""What ODENetClassifier and ODENetRegressor share: arguments, fitting, blocks of predictions, statistics."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, _fit_context
+from sklearn.model_selection import KFold
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils import gen_batches
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from torch import Tensor
+
+from skode.exceptions import SolverError
+from skode.fields import ACTIVATIONS
+from skode.models import InputScale, ODENet, ODENetConfig, SolverOptions
+from skode.models.blocks import block_size, blocks
+from skode.runtime import (
+    as_array,
+    resolve_device,
+    resolve_dtype,
+    seed_sequence,
+    to_numpy,
+    to_tensor,
+    torch_dtype,
+    torch_generator,
+)
+from skode.runtime.device import check_dtype_on_device
+from skode.solver import METHODS, Solution
+from skode.solver.gradients import STRATEGIES
+from skode.training import Epoch, History, TrainingOptions, TrainingRows, train
+from skode.training.tasks import Task
+
+EARLY_STOPPING_ROWS = 100  # "auto": held-out rows decide from here on
+N_BINS = 8
+LARGEST_ENCODED_WIDTH = 200  # columns; beyond, "auto" leaves the piecewise-linear encoding out
+QUANTILE_ROWS = 20_000  # enough to place eight bins
+N_UPDATES = 300  # "auto" epochs of small data make at least so many updates
+N_EPOCHS = 50
+
+
+@dataclass(frozen=True)
+class FittedNet:
+    """What a fit leaves behind: a configuration and NumPy arrays, nothing of torch."""
+
+    config: ODENetConfig
+    arrays: dict[str, NDArray[Any]]
+    gradient: str
+    moments: tuple[NDArray[Any], ...] = ()
+
+    def build(self, dtype: torch.dtype, device: torch.device) -> ODENet:
+        """The torch module on a device."""
+        model = ODENet(self.config, torch.Generator().manual_seed(0)).to(dtype)
+        model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in self.arrays.items()})
+        return model.to(device)
+
+
+class BaseODENet(BaseEstimator):
+    """Base class; see :class:`ODENetClassifier` for the arguments."""
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
+        "activation": [StrOptions(set(ACTIVATIONS))],
+        "n_members": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
+        "input_encoding": [StrOptions({"auto", "standard", "piecewise"})],
+        "augment_dim": [None, Interval(Integral, 0, None, closed="left")],
+        "order": [Interval(Integral, 1, 2, closed="both")],
+        "time_dependent": ["boolean"],
+        "t1": [Interval(Real, 0, None, closed="neither")],
+        "image_shape": [None, tuple, list],
+        "field": [None, callable],
+        "energy_penalty": [Interval(Real, 0, None, closed="left")],
+        "error_penalty": [Interval(Real, 0, None, closed="left")],
+        "method": [StrOptions(set(METHODS))],
+        "rtol": [Interval(Real, 0, None, closed="neither")],
+        "atol": [Interval(Real, 0, None, closed="left")],
+        "step_size": [None, Interval(Real, 0, None, closed="neither")],
+        "max_num_steps": [Interval(Integral, 1, None, closed="left")],
+        "gradient": [StrOptions(set(STRATEGIES))],
+        "device": [str, torch.device],
+        "dtype": "no_validation",
+        "alpha": [Interval(Real, 0, None, closed="left")],
+        "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
+        "learning_rate_init": [Interval(Real, 0, None, closed="neither")],
+        "max_iter": [None, Interval(Integral, 1, None, closed="left")],
+        "shuffle": ["boolean"],
+        "random_state": ["random_state", np.random.Generator],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "verbose": ["verbose"],
+        "warm_start": ["boolean"],
+        "early_stopping": [StrOptions({"auto"}), "boolean"],
+        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
+        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+    }
+
+    _default_members: ClassVar[int] = 8
+
+    def __init__(
+        self,
+        hidden_layer_sizes: Any,
+        activation: str,
+        n_members: str | int,
+        input_encoding: str,
+        augment_dim: int | None,
+        order: int,
+        time_dependent: bool,
+        t1: float,
+        image_shape: tuple[int, int, int] | None,
+        field: Callable[[int], torch.nn.Module] | None,
+        energy_penalty: float,
+        error_penalty: float,
+        method: str,
+        rtol: float,
+        atol: float,
+        step_size: float | None,
+        max_num_steps: int,
+        gradient: str,
+        device: str | torch.device,
+        dtype: Any,
+        alpha: float,
+        batch_size: str | int,
+        learning_rate_init: float,
+        max_iter: int | None,
+        shuffle: bool,
+        random_state: Any,
+        tol: float,
+        verbose: bool | int,
+        warm_start: bool,
+        early_stopping: str | bool,
+        validation_fraction: float,
+        n_iter_no_change: int,
+    ) -> None:
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.activation = activation
+        self.n_members = n_members
+        self.input_encoding = input_encoding
+        self.augment_dim = augment_dim
+        self.order = order
+        self.time_dependent = time_dependent
+        self.t1 = t1
+        self.image_shape = image_shape
+        self.field = field
+        self.energy_penalty = energy_penalty
+        self.error_penalty = error_penalty
+        self.method = method
+        self.rtol = rtol
+        self.atol = atol
+        self.step_size = step_size
+        self.max_num_steps = max_num_steps
+        self.gradient = gradient
+        self.device = device
+        self.dtype = dtype
+        self.alpha = alpha
+        self.batch_size = batch_size
+        self.learning_rate_init = learning_rate_init
+        self.max_iter = max_iter
+        self.shuffle = shuffle
+        self.random_state = random_state
+        self.tol = tol
+        self.verbose = verbose
+        self.warm_start = warm_start
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+
+    # --- what the two estimators differ in ---
+
+    @abstractmethod
+    def _task(self) -> Task:
+        """Loss and score."""
+
+    @abstractmethod
+    def _learn_targets(
+        self, y: NDArray[Any], sample_weight: NDArray[Any], *, fresh: bool, incremental: bool
+    ) -> tuple[NDArray[Any], int]:
+        """Targets as the task wants them, and the number of outputs; sets what predictions need to undo it."""
+
+    def _validate_targets(self, X: Any, y: Any, reset: bool) -> tuple[NDArray[Any], NDArray[Any]]:
+        """X and y as scikit-learn validates them."""
+        return validate_data(self, X, y, dtype=(np.float64, np.float32), reset=reset, **self._y_checks)  # type: ignore[no-any-return]
+
+    _y_checks: ClassVar[dict[str, Any]] = {}
+
+    def _row_weights(self, y: NDArray[Any], sample_weight: NDArray[Any]) -> NDArray[Any]:
+        """Sample weights, times the classes' for the classifier."""
+        return sample_weight
+
+    def _folds(self, X: NDArray[Any], target: NDArray[Any], n_folds: int, seed: int) -> NDArray[Any]:
+        """The fold of every row."""
+        return fold_numbers(KFold(n_folds, shuffle=True, random_state=seed).split(X), len(X))
+
+    # --- fit ---
+
+    @_fit_context(prefer_skip_nested_validation=True)  # type: ignore[untyped-decorator]
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Fit to training data.
+
+        Parameters
+        ----------
+        X : array-like, DataFrame or tensor of shape (n_samples, n_features)
+        y : array-like of shape (n_samples,) or, for the regressor, (n_samples, n_targets)
+        sample_weight : array-like of shape (n_samples,), optional
+            A weight of k counts as k copies of the row, a weight of 0 as none.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        DivergenceError
+            If training leaves the finite numbers; the object is then as it was before.
+        """
+        with unchanged_on_failure(self):
+            fresh = not (self.warm_start and hasattr(self, "_net"))
+            self._fit(X, y, sample_weight, fresh=fresh, incremental=False)
+        return self
+
+    def _partial_fit(self, X: Any, y: Any, sample_weight: Any) -> Self:
+        if self.early_stopping is True:
+            raise ValueError("partial_fit does not support early_stopping=True; set early_stopping=False or 'auto'.")
+        with unchanged_on_failure(self):
+            self._fit(X, y, sample_weight, fresh=not hasattr(self, "_net"), incremental=True)
+        return self
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any, *, fresh: bool, incremental: bool) -> None:
+        X, y = self._validate_targets(as_array(X), as_array(y), reset=fresh)
+        device = resolve_device(self.device, self.dtype)
+        if fresh:
+            self.dtype_ = resolve_dtype(self.dtype, X.dtype, device)
+        check_dtype_on_device(self.dtype_, device)
+        sample_weight = _check_sample_weight(
+            as_array(sample_weight), X, dtype=np.float64, ensure_non_negative=True, allow_all_zero_weights=False
+        )
+        seeds = seed_sequence(self.random_state).spawn(3)
+        target, n_outputs = self._learn_targets(y, sample_weight, fresh=fresh, incremental=incremental)
+        weights = self._row_weights(y, sample_weight)
+        counted = weights > 0
+        if not counted.all():
+            X, target, weights, sample_weight = (part[counted] for part in (X, target, weights, sample_weight))
+        model = self._make_model(X, sample_weight, n_outputs, seeds[0], fresh, device)
+        rows = self._training_rows(model, X, target, weights, int(seeds[1].generate_state(1)[0]), incremental)
+        kept = tuple(self._net.moments) if incremental and not fresh else None
+        history = train(
+            model,
+            self._task(),
+            rows,
+            self._solver_options(self.gradient),
+            self._training_options(rows, incremental),
+            torch_generator(seeds[2]),
+            moments=None if kept is None else list(kept),
+            report=_Table(rows.folds is not None) if self.verbose else None,
+        )
+        self._keep(model, history, fresh or not incremental)
+
+    def _make_model(
+        self,
+        X: NDArray[Any],
+        sample_weight: NDArray[Any],
+        n_outputs: int,
+        seed: np.random.SeedSequence,
+        fresh: bool,
+        device: torch.device,
+    ) -> ODENet:
+        if not fresh:
+            return self._net.build(torch_dtype(self.dtype_), device)
+        config = self._config(X.shape[1], n_outputs)
+        model = ODENet(config, torch_generator(seed)).to(torch_dtype(self.dtype_))
+        model.inputs.set(_input_scale(X, sample_weight, config))
+        return model.to(device)
+
+    def _config(self, n_features: int, n_outputs: int) -> ODENetConfig:
+        sizes = self.hidden_layer_sizes
+        image = None if self.image_shape is None else _checked_image(self.image_shape, n_features)
+        own = image is not None or self.field is not None
+        if isinstance(self.field, torch.nn.Module):
+            raise TypeError(
+                "field is an nn.Module instance, which every clone and fold would share; pass a callable that makes one: "
+                "field=lambda n_dims: MyField(n_dims), or the class itself."
+            )
+        members = (1 if own else self._default_members) if self.n_members == "auto" else int(self.n_members)
+        plain = own or self.augment_dim is not None or self.input_encoding == "standard"
+        n_encoded = 0
+        if self.input_encoding == "piecewise":
+            if plain:
+                raise ValueError("input_encoding='piecewise' needs the linear lift: no augment_dim, image_shape or field.")
+            n_encoded = members
+        elif not plain and n_features <= LARGEST_ENCODED_WIDTH:
+            n_encoded = members // 2
+        return ODENetConfig(
+            n_features=n_features,
+            n_outputs=n_outputs,
+            n_members=members,
+            n_encoded=n_encoded,
+            n_bins=N_BINS,
+            hidden_layer_sizes=(int(sizes),) if isinstance(sizes, Integral) else tuple(int(size) for size in sizes),
+            activation=self.activation,
+            time_dependent=bool(self.time_dependent),
+            augment_dim=self.augment_dim,
+            order=int(self.order),
+            t1=float(self.t1),
+            image_shape=image,
+            field=self.field,
+        )
+
+    def _training_rows(
+        self,
+        model: ODENet,
+        X: NDArray[Any],
+        target: NDArray[Any],
+        weights: NDArray[Any],
+        seed: int,
+        incremental: bool,
+    ) -> TrainingRows:
+        stopping = self.early_stopping
+        if stopping == "auto":
+            stopping = len(X) >= EARLY_STOPPING_ROWS
+        folds = None
+        if stopping and not incremental:
+            n_folds = max(2, round(1 / self.validation_fraction))
+            if len(X) < n_folds:
+                raise ValueError(
+                    f"early_stopping with validation_fraction={self.validation_fraction} needs at least {n_folds} rows; "
+                    f"got {len(X)}. Set early_stopping=False."
+                )
+            folds = self._folds(X, target, n_folds, seed)
+        device, dtype = model.head.weight.device, model.head.weight.dtype
+        y = to_tensor(target, torch.int64 if target.dtype.kind in "iu" else dtype, device)
+        return TrainingRows(
+            to_tensor(X, dtype, device), y, to_tensor(weights, dtype, device), model.config.n_members, folds
+        )
+
+    def _training_options(self, rows: TrainingRows, incremental: bool) -> TrainingOptions:
+        batch_size = 128 if self.batch_size == "auto" else int(self.batch_size)
+        n_batches = max(1, round(rows.n_rows / batch_size))
+        epochs = max(N_EPOCHS, -(-N_UPDATES // n_batches)) if self.max_iter is None else int(self.max_iter)
+        penalised = METHODS[self.method].adaptive and self.gradient == "discrete"
+        return TrainingOptions(
+            max_iter=1 if incremental else epochs,
+            batch_size=batch_size,
+            learning_rate_init=float(self.learning_rate_init),
+            alpha=float(self.alpha),
+            tol=float(self.tol),
+            n_iter_no_change=int(self.n_iter_no_change),
+            shuffle=bool(self.shuffle),
+            decay=not incremental,
+            error_penalty=float(self.error_penalty) if penalised else 0.0,
+            energy_penalty=float(self.energy_penalty),
+        )
+
+    def _solver_options(self, gradient: str) -> SolverOptions:
+        return SolverOptions(
+            method=self.method,
+            rtol=float(self.rtol),
+            atol=float(self.atol),
+            step_size=None if self.step_size is None or METHODS[self.method].adaptive else float(self.step_size),
+            max_num_steps=int(self.max_num_steps),
+            gradient=gradient,
+        )
+
+    def _keep(self, model: ODENet, history: History, whole: bool) -> None:
+        """Fitted attributes, all of them NumPy or plain Python."""
+        arrays = {name: to_numpy(tensor) for name, tensor in model.state_dict().items()}
+        self._net = FittedNet(model.config, arrays, self.gradient, tuple(history.moments or ()))
+        self.n_parameters_ = sum(parameter.numel() for parameter in model.parameters())
+        if whole:
+            self.n_iter_, self.loss_curve_ = history.n_iter, history.loss_curve
+            self.validation_scores_ = history.validation_scores
+        else:
+            self.n_iter_ += history.n_iter
+            self.loss_curve_ = [*self.loss_curve_, *history.loss_curve]
+        if self.loss_curve_:
+            self.loss_, self.best_loss_ = self.loss_curve_[-1], min(self.loss_curve_)
+        self.n_evals_ = history.n_evals
+
+    # --- predictions ---
+
+    def _prepare(self, X: Any) -> tuple[ODENet, Tensor]:
+        """The model and the validated rows, on the device of now."""
+        check_is_fitted(self)
+        X = validate_data(self, as_array(X), dtype=(np.float64, np.float32), reset=False)
+        device = resolve_device(self.device, self.dtype_)
+        check_dtype_on_device(self.dtype_, device)
+        self._validate_params()
+        dtype = torch_dtype(self.dtype_)
+        return self._net.build(dtype, device), to_tensor(X, dtype, device)
+
+    def _solutions(
+        self, model: ODENet, X: Tensor, times: list[float] | None = None
+    ) -> Iterator[tuple[slice, Solution]]:
+        """Solve in blocks of one fixed shape."""
+        options = self._solver_options("discrete")
+        for rows, block in blocks(X, block_size(model.config.n_members, model.n_dims)):
+            with torch.no_grad():
+                yield rows, model.solve_rows(block, options, times)
+
+    def _outputs(self, X: Any) -> NDArray[Any]:
+        """Outputs of all members, shape (n_members, n, n_outputs)."""
+        model, rows = self._prepare(X)
+        config = model.config
+        out = np.empty((config.n_members, len(rows), config.n_outputs), dtype=self.dtype_)
+        for place, solution in self._solutions(model, rows):
+            n = place.stop - place.start
+            self._require_success(solution, place, config.n_members)
+            with torch.no_grad():
+                out[:, place] = model.read_out(solution.y[:, -1])[:, :n].cpu().numpy()
+        return out
+
+    def _require_success(self, solution: Solution, place: slice, n_members: int) -> None:
+        if solution.success:
+            return
+        size = len(solution.status) // n_members
+        failed = {int(i) % size for i in torch.nonzero(solution.status)}
+        rows = sorted(place.start + i for i in failed if place.start + i < place.stop)
+        first, message = next(iter(solution.failures().items()))
+        raise SolverError(
+            f"the ODE could not be solved for {len(rows)} rows of X (first: row {place.start + first % size}, which "
+            f"{message.partition(' ')[2].partition(' ')[2]}). solver_stats(X) tells each row's status.",
+            rows,
+        )
+
+    def solver_stats(self, X: Any) -> pd.DataFrame:
+        """What the solver did for every row; never raises for a failed solve.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+
+        Returns
+        -------
+        DataFrame
+            One row per row of X, with X's index if it has one: ``n_evals, n_steps, n_rejected`` (sums over members) and
+            ``status`` (the worst of them; 0 is success, see :class:`skode.solver.Status`).
+        """
+        model, rows = self._prepare(X)
+        columns: dict[str, list[NDArray[Any]]] = {name: [] for name in ("n_evals", "n_steps", "n_rejected", "status")}
+        for place, solution in self._solutions(model, rows):
+            n = place.stop - place.start
+            for name, parts in columns.items():
+                values = to_numpy(getattr(solution, name)).reshape(model.config.n_members, -1)[:, :n]
+                parts.append(values.max(axis=0) if name == "status" else values.sum(axis=0))
+        index = X.index if isinstance(X, pd.DataFrame) else None
+        return pd.DataFrame({name: np.concatenate(parts) for name, parts in columns.items()}, index=index)
+
+    def trajectory(self, X: Any, t: Any, *, member: int = 0) -> NDArray[Any]:
+        """The hidden state's path through the ODE block.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+        t : array-like of shape (m,)
+            Times in [0, t1], ascending.
+        member : int, default=0
+            Whose state.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, m, n_dims)
+            For ``order=2`` positions, then velocities.
+
+        Raises
+        ------
+        ValueError
+            If times or member do not exist.
+        SolverError
+            If the solve fails for some row.
+        """
+        model, rows = self._prepare(X)
+        config = model.config
+        if not 0 <= member < config.n_members:
+            raise ValueError(f"member={member} does not exist; there are members 0 to {config.n_members - 1}.")
+        times = _checked_times(t, config.t1)
+        path = np.empty((len(rows), len(times), model.n_dims), dtype=self.dtype_)
+        for place, solution in self._solutions(model, rows, [0.0, *times, config.t1]):
+            self._require_success(solution, place, config.n_members)
+            size = len(solution.y) // config.n_members
+            own = solution.y[member * size : member * size + place.stop - place.start]
+            path[place] = own[:, 1:-1].cpu().numpy()
+        return path
+
+
+class _Table:
+    """Prints a line an epoch."""
+
+    def __init__(self, validated: bool) -> None:
+        self._validated = validated
+        score = "  validation" if validated else ""
+        print(f"{'epoch':>6}{'loss':>12}{score}{'evals/row':>11}{'seconds':>9}")
+
+    def __call__(self, epoch: Epoch) -> None:
+        score = f"{'' if epoch.validation_score is None else format(epoch.validation_score, '.4f'):>12}"
+        shown = score if self._validated else ""
+        print(f"{epoch.number:>6}{epoch.loss:>12.5f}{shown}{epoch.n_evals:>11.1f}{epoch.seconds:>9.1f}")
+
+
+@contextmanager
+def unchanged_on_failure(estimator: BaseEstimator) -> Iterator[None]:
+    """Put all attributes back if the block raises."""
+    before = dict(vars(estimator))
+    try:
+        yield
+    except BaseException:
+        vars(estimator).clear()
+        vars(estimator).update(before)
+        raise
+
+
+def _input_scale(X: NDArray[Any], sample_weight: NDArray[Any], config: ODENetConfig) -> InputScale:
+    """Weighted means, scales and quantiles of the columns; one mean and scale for all pixels of an image."""
+    scaler = StandardScaler(copy=False)
+    if config.image_shape is not None:
+        return _pixel_scale(X, sample_weight)
+    for rows in gen_batches(len(X), 2**16):
+        scaler.partial_fit(X[rows], sample_weight=sample_weight[rows])
+    mean, scale = np.asarray(scaler.mean_, np.float64), np.asarray(scaler.scale_, np.float64)
+    if not (np.isfinite(mean).all() and np.isfinite(scale).all()):
+        column = int(np.flatnonzero(~(np.isfinite(mean) & np.isfinite(scale)))[0])
+        raise ValueError(f"column {column} of X is too large to be standardised; rescale it.")
+    edges = None
+    if config.n_encoded:
+        part = slice(None, None, max(1, len(X) // QUANTILE_ROWS))
+        levels = np.linspace(0, 1, config.n_bins + 1)
+        weights = sample_weight[part]
+        edges = np.quantile(
+            np.asarray(X[part], np.float64), levels, axis=0, weights=weights, method="inverted_cdf"
+        ).T
+    return InputScale(mean, scale, edges)
+
+
+def _pixel_scale(X: NDArray[Any], sample_weight: NDArray[Any]) -> InputScale:
+    share = sample_weight / sample_weight.sum()
+    mean = float(share @ X.mean(axis=1, dtype=np.float64))
+    variance = float(share @ X.var(axis=1, dtype=np.float64)) + float(share @ (X.mean(axis=1) - mean) ** 2)
+    n_features = X.shape[1]
+    return InputScale(np.full(n_features, mean), np.full(n_features, np.sqrt(variance) or 1.0))
+
+
+def _checked_image(image_shape: Any, n_features: int) -> tuple[int, int, int]:
+    shape = tuple(int(size) for size in image_shape)
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"image_shape={image_shape!r} must be (channels, height, width).")
+    if np.prod(shape) != n_features:
+        raise ValueError(f"image_shape={shape} has {np.prod(shape)} pixels, but X has {n_features} columns.")
+    return shape  # type: ignore[return-value]
+
+
+def _checked_times(t: Any, t1: float) -> list[float]:
+    times = np.atleast_1d(np.asarray(as_array(t), dtype=np.float64))
+    if times.ndim != 1 or not np.isfinite(times).all() or (np.diff(times) < 0).any():
+        raise ValueError("t must be finite, ascending and one-dimensional.")
+    if times.size == 0 or times[0] < 0 or times[-1] > t1:
+        raise ValueError(f"t must lie in [0, {t1:g}]; got {times.tolist() or 'no time'}.")
+    return [float(time) for time in times]
+
+
+def fold_numbers(splits: Any, n_rows: int) -> NDArray[Any]:
+    folds = np.empty(n_rows, dtype=np.int64)
+    for fold, (_, rows) in enumerate(splits):
+        folds[rows] = fold
+    return folds

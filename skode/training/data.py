@@ -1,0 +1,93 @@
+"""Training rows on the device, who is trained on which, and the batches of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Rows (n_members, n, n_features) or (n, n_features), targets (n_members, n, ...) and weights (n_members, n)."""
+
+    X: Tensor
+    target: Tensor
+    weights: Tensor
+
+
+@dataclass
+class TrainingRows:
+    """Rows with targets and weights, and the fold that each member leaves out.
+
+    Parameters
+    ----------
+    X : tensor of shape (n, n_features)
+    target : tensor of shape (n,) or (n, n_targets)
+    weights : tensor of shape (n,)
+    n_members : int
+    folds : array of shape (n,), optional
+        Member m is validated on fold m modulo the number of folds, and trained on the others; without folds every
+        member is trained on all rows.
+    """
+
+    X: Tensor
+    target: Tensor
+    weights: Tensor
+    n_members: int
+    folds: NDArray[Any] | None = None
+
+    def __post_init__(self) -> None:
+        self._rows = None if self.folds is None else self._tables(inside=False)
+
+    def _tables(self, *, inside: bool) -> list[Tensor]:
+        assert self.folds is not None
+        n_folds = int(self.folds.max()) + 1
+        picked = [(self.folds == m % n_folds) == inside for m in range(self.n_members)]
+        return [torch.from_numpy(np.flatnonzero(mask)).to(self.X.device) for mask in picked]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that every member is trained on in an epoch."""
+        return len(self.X) if self._rows is None else min(map(len, self._rows))
+
+    def batches(self, batch_size: int, generator: torch.Generator | None) -> Iterator[Batch]:
+        """One epoch: equal batches in an order of its own for each member; in the rows' order without a generator."""
+        n_batches = max(1, round(self.n_rows / batch_size))
+        if n_batches == 1 and self._rows is None:
+            yield self._take_all()
+            return
+        table = self._order(generator)
+        for rows in table.tensor_split(n_batches, dim=1):
+            yield self._take(rows)
+
+    def _order(self, generator: torch.Generator | None) -> Tensor:
+        """Row numbers (n_members, n_rows)."""
+        orders = []
+        for m in range(self.n_members):
+            own = torch.arange(len(self.X)) if self._rows is None else self._rows[m].cpu()
+            if generator is not None:
+                own = own[torch.randperm(len(own), generator=generator)]
+            orders.append(own[: self.n_rows])
+        return torch.stack(orders).to(self.X.device)
+
+    def validation(self) -> Batch:
+        """Each member's left-out rows; shorter folds are filled up with rows of weight 0."""
+        tables = self._tables(inside=True)
+        longest = max(map(len, tables))
+        rows = torch.stack([torch.nn.functional.pad(table, (0, longest - len(table))) for table in tables])
+        batch = self._take(rows)
+        real = torch.stack([torch.arange(longest, device=rows.device) < len(table) for table in tables])
+        return batch._replace(weights=batch.weights * real)
+
+    def _take(self, rows: Tensor) -> Batch:
+        return Batch(self.X[rows], self.target[rows], self.weights[rows])
+
+    def _take_all(self) -> Batch:
+        members = (self.n_members, *(-1 for _ in self.target.shape))
+        weights = self.weights.expand(self.n_members, -1)
+        return Batch(self.X, self.target.expand(*members), weights)
