@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -47,6 +47,9 @@ LARGEST_ENCODED_WIDTH = 200  # columns; beyond, "auto" leaves the piecewise-line
 QUANTILE_ROWS = 20_000  # enough to place eight bins
 N_UPDATES = 300  # "auto" epochs of small data make at least so many updates
 N_EPOCHS = 50
+# A training solve may err this many tolerances, and the error penalty presses it below one: coarse steps while the
+# dynamics are still wild, and dynamics that a single step solves to the tolerance in the end.
+TRAINING_SLACK = 10.0
 
 
 @dataclass(frozen=True)
@@ -255,7 +258,7 @@ class BaseODENet(BaseEstimator):
             model,
             self._task(),
             rows,
-            self._solver_options(self.gradient),
+            self._training_solver(),
             self._training_options(rows, incremental),
             torch_generator(seeds[2]),
             moments=None if kept is None else list(kept),
@@ -344,7 +347,6 @@ class BaseODENet(BaseEstimator):
         batch_size = 128 if self.batch_size == "auto" else int(self.batch_size)
         n_batches = max(1, round(rows.n_rows / batch_size))
         epochs = max(N_EPOCHS, -(-N_UPDATES // n_batches)) if self.max_iter is None else int(self.max_iter)
-        penalised = METHODS[self.method].adaptive and self.gradient == "discrete"
         return TrainingOptions(
             max_iter=1 if incremental else epochs,
             batch_size=batch_size,
@@ -354,9 +356,19 @@ class BaseODENet(BaseEstimator):
             n_iter_no_change=int(self.n_iter_no_change),
             shuffle=bool(self.shuffle),
             decay=not incremental,
-            error_penalty=float(self.error_penalty) if penalised else 0.0,
+            error_penalty=float(self.error_penalty) * TRAINING_SLACK**2 if self._is_penalised else 0.0,
             energy_penalty=float(self.energy_penalty),
         )
+
+    @property
+    def _is_penalised(self) -> bool:
+        return self.error_penalty > 0 and METHODS[self.method].adaptive and self.gradient == "discrete"
+
+    def _training_solver(self) -> SolverOptions:
+        options = self._solver_options(self.gradient)
+        if not self._is_penalised:
+            return options
+        return replace(options, rtol=options.rtol * TRAINING_SLACK, atol=options.atol * TRAINING_SLACK)
 
     def _solver_options(self, gradient: str) -> SolverOptions:
         return SolverOptions(

@@ -150,15 +150,21 @@ class MLPField(nn.Module):
         return dy, self._time_cotangent(tape, len(a)) if time else None
 
     def accumulate(self, tapes: Sequence[_Tape], weights: Sequence[Weight] | None = None) -> tuple[Tensor, ...]:
-        """The parameters' gradients, one product a layer over all evaluations."""
+        """The parameters' gradients, summed over evaluations."""
         gradients: list[Tensor] = []
-        t = torch.cat([self._grouped_time(tape) for tape in tapes], dim=-2) if self.time_dependent else None
-        for i in range(len(self.layers)):
-            delta = torch.cat(self._weighted(tapes, weights, i), dim=-2)
-            x = torch.cat([tape.inputs[i] for tape in tapes], dim=-2)
-            if t is not None:
-                x = torch.cat([x, t], dim=-1)
-            gradients += [delta.mT @ x, delta.sum(dim=-2)]
+        for i, layer in enumerate(self.layers):
+            weight = torch.zeros_like(self._matrix(layer), memory_format=torch.contiguous_format)
+            bias = torch.zeros_like(layer.bias)  # type: ignore[arg-type]
+            column = torch.zeros_like(bias)
+            for k, tape in enumerate(tapes):
+                delta = self._weighted(tape.deltas[i], 1.0 if weights is None else weights[k])
+                (weight.addmm_ if self.n_members is None else weight.baddbmm_)(delta.mT, tape.inputs[i])
+                total = delta.sum(dim=-2)
+                bias += total
+                if self.time_dependent:
+                    shared = _is_shared(tape.t)
+                    column += total * tape.t[0] if shared else (delta * self._by_member(tape.t)).sum(dim=-2)
+            gradients += [torch.cat([weight, column.unsqueeze(-1)], dim=-1) if self.time_dependent else weight, bias]
         return tuple(gradients)
 
     def trainable(self) -> tuple[Tensor, ...]:
@@ -177,7 +183,7 @@ class MLPField(nn.Module):
         product = torch.addmm if self.n_members is None else torch.baddbmm
         if not self.time_dependent:
             return product(bias if self.n_members is None else bias.unsqueeze(1), x, weight.mT)
-        shared = t.stride(0) == 0 or len(t) == 1
+        shared = _is_shared(t)
         if shared:
             bias = torch.addcmul(bias, weight[..., -1], t[0])
         if self.n_members is not None:
@@ -193,14 +199,10 @@ class MLPField(nn.Module):
     def _grouped(self, y: Tensor) -> Tensor:
         return y if self.n_members is None else y.view(self.n_members, -1, y.shape[-1])
 
-    def _grouped_time(self, tape: _Tape) -> Tensor:
-        return self._by_member(tape.t)
-
-    def _weighted(self, tapes: Sequence[_Tape], weights: Sequence[Weight] | None, i: int) -> list[Tensor]:
-        if weights is None:
-            return [tape.deltas[i] for tape in tapes]
-        scales = [self._by_member(w) if isinstance(w, Tensor) else w for w in weights]
-        return [tape.deltas[i] * scale for tape, scale in zip(tapes, scales, strict=True)]
+    def _weighted(self, delta: Tensor, weight: Weight) -> Tensor:
+        if isinstance(weight, Tensor):
+            return delta * self._by_member(weight)
+        return delta if weight == 1.0 else delta * weight
 
     def _time_cotangent(self, tape: _Tape, n_rows: int) -> Tensor:
         total = tape.t.new_zeros((n_rows, 1))
@@ -210,3 +212,8 @@ class MLPField(nn.Module):
             column: Tensor = layer.weight[..., -1:]  # type: ignore[index, assignment]
             total = total + (delta @ column).reshape(n_rows, 1)
         return total
+
+
+def _is_shared(t: Tensor) -> bool:
+    """Whether all rows have one time (an expanded tensor), which then costs nothing."""
+    return t.stride(0) == 0 or len(t) == 1

@@ -46,19 +46,26 @@ class BatchControl:
 
 
 class Verdict(NamedTuple):
-    """A judged step: the state to go on from, the step that counts (0 where a row stays), and all finite?"""
+    """A judged step: the state to go on from, the step that counts (0 where a row stays), all finite?, and each
+    component's error in units of the tolerance with that unit."""
 
     y: Tensor
     f: Tensor | None
     h: Tensor | float
     accepted: bool
     finite: bool
+    ratio: Tensor | None = None
+    unit: Tensor | None = None
 
 
-def scaled_error(error: Tensor, y: Tensor, y1: Tensor, tolerance: Tolerance) -> Tensor:
-    """Each row's root mean square of error / (atol + rtol max(abs(y), abs(y1))), shape (n, 1)."""
-    scale = torch.maximum(y.abs(), y1.abs()).mul_(tolerance.rtol).add_(tolerance.atol)
-    return torch.div(error, scale, out=scale).square_().mean(dim=1, keepdim=True).sqrt_()
+def error_unit(y: Tensor, y1: Tensor, tolerance: Tolerance) -> Tensor:
+    """atol + rtol max(abs(y), abs(y1)), shape (n, d)."""
+    return torch.maximum(y.abs(), y1.abs()).mul_(tolerance.rtol).add_(tolerance.atol)
+
+
+def row_norm(ratio: Tensor) -> Tensor:
+    """Each row's root mean square, shape (n, 1)."""
+    return ratio.square().mean(dim=1, keepdim=True).sqrt_()
 
 
 # --- one step size for each row ---------------------------------------------------------------------------------
@@ -122,32 +129,36 @@ class RowControl:
         self._status = torch.zeros_like(self._active, dtype=torch.int8)
         self._evals = torch.zeros_like(self._status, dtype=torch.int64)
         self._steps, self._rejected = self._evals.clone(), self._evals.clone()
+        self._evals_a_step = scheme.tableau.n_stages - 1  # the first stage is known when the first step begins
         self._previous = torch.full_like(self._evals, 120)
         self._was_rejected = torch.zeros_like(self._active)
         self.h = (self.t1 - self.t).abs()
         self.running = bool(self._active.any())
 
-    def begin(self, dynamics: Dynamics, y: Tensor) -> Tensor:
-        """The field at the start; chooses the first step that is to be tried."""
-        f = dynamics(self.t.to(self.dtype), y)
+    def start_time(self) -> Tensor:
+        """Every row's first time, shape (n, 1), in the state's dtype."""
+        return self.t.to(self.dtype)
+
+    def begin(self, dynamics: Dynamics, y: Tensor, f: Tensor) -> None:
+        """Choose the first step that is to be tried, given the field ``f`` at the start."""
         self._evals += 1
         finite = torch.isfinite(f).all(dim=1, keepdim=True) & torch.isfinite(y).all(dim=1, keepdim=True)
         self._status.masked_fill_(~finite, Status.NON_FINITE)
         self._active &= finite
         self.running = bool(self._active.any())
+        self._success = bool(finite.all())
         length = (self.t1 - self.t).abs()
         given = self.tolerance.step_size or self.tolerance.first_step
         if given is not None:
             self.h = torch.clamp(length, max=given)
         elif self.running:
             self.h = torch.minimum(self._first_step(dynamics, y, f), length)
-        return f
 
     def _first_step(self, dynamics: Dynamics, y: Tensor, f: Tensor) -> Tensor:
         """Hairer, Norsett and Wanner I, section II.4, on quantised norms."""
         tables = self._tables
-        d0 = scaled_error(y, y, y, self.tolerance)
-        d1 = scaled_error(f, y, y, self.tolerance)
+        unit = error_unit(y, y, self.tolerance)
+        d0, d1 = row_norm(y / unit), row_norm(f / unit)
         small = torch.minimum(d0, d1) < 1e-5
         bucket = torch.bucketize((d0 / d1).nan_to_num(0.0), tables.edges).clamp(max=tables.n - 2)
         guess = torch.where(small, 1e-6, 0.01 * tables.edges[bucket].to(self.t.dtype))
@@ -155,7 +166,7 @@ class RowControl:
         h = (guess * self.sign).to(self.dtype)
         probe = dynamics((self.t + guess * self.sign).to(self.dtype), torch.addcmul(y, h, f))
         self._evals += self._active
-        d2 = scaled_error(probe - f, y, y, self.tolerance) / guess.to(self.dtype)
+        d2 = row_norm((probe - f) / unit) / guess.to(self.dtype)
         steepest = torch.bucketize(torch.fmax(d1, d2).nan_to_num(0.0), tables.edges)
         bound = torch.where(torch.fmax(d1, d2) <= 1e-15, (guess * 1e-3).clamp(min=1e-6), tables.power[steepest])
         return torch.minimum(100 * guess, bound)
@@ -172,23 +183,31 @@ class RowControl:
 
     def judge(self, y: Tensor, f: Tensor, span: Span, attempt: Attempt) -> Verdict:
         tables, active = self._tables, self._active
+        parts, unit = None, None
         if attempt.error is None:
             ratio = torch.where(torch.isfinite(attempt.y1).all(dim=1, keepdim=True), 0.0, torch.nan)
         else:
-            ratio = scaled_error(attempt.error, y, attempt.y1, self.tolerance)
+            unit = error_unit(y, attempt.y1, self.tolerance)
+            parts = attempt.error / unit
+            ratio = row_norm(parts)
         accept = (ratio <= 1) & active
         finite = torch.isfinite(ratio)
-        self._evals += active * (self.scheme.tableau.n_stages - 1)
+        self._evals += active * self._evals_a_step
+        self._evals_a_step = self.scheme.tableau.n_stages - int(self.scheme.tableau.fsal)
         self._steps += accept
         self._rejected += active & ~accept
         bucket = torch.bucketize(ratio, tables.edges)
         self._next_step(bucket, accept)
         self._retire(accept, finite)
         self.t = torch.where(accept, span.t_next, self.t)
-        flags = torch.stack([self._active.any(), (finite | ~active).all()]).tolist()
+        flags = torch.stack([self._active.any(), (finite | ~active).all(), (self._status == 0).all()]).tolist()
         self.running = flags[0]
         new_f = None if attempt.f1 is None else torch.where(accept, attempt.f1, f)
-        return Verdict(torch.where(accept, attempt.y1, y), new_f, span.h * accept, True, flags[1])
+        self._success = flags[2]
+        new_y = torch.where(accept, attempt.y1, y)
+        if parts is not None:
+            parts = torch.where(accept, parts, 0.0)
+        return Verdict(new_y, new_f, span.h * accept, True, flags[1], parts, unit)
 
     def _next_step(self, bucket: Tensor, accept: Tensor) -> None:
         if self.tolerance.step_size is not None:
@@ -219,7 +238,7 @@ class RowControl:
         """What each row did, and at which time it stopped."""
         columns = (self._status, self._evals, self._steps, self._rejected, self.t)
         next_step = float(self.h.mean()) if self._status.numel() else 0.0
-        return Stats(*(column.view(-1) for column in columns), next_step)
+        return Stats(*(column.view(-1) for column in columns), next_step, self._success)
 
 
 # --- one step size for the batch --------------------------------------------------------------------------------
@@ -254,35 +273,39 @@ class SharedControl:
         self._weights = None if weights is None else (weights / weights.sum()).to(scheme.b.dtype).view(1, -1)
         self._n_evals, self._n_steps, self._n_rejected, self._status = 0, 0, 0, Status.SUCCESS
         self._error, self._was_rejected = 1.0, False
+        self._last_step, self._last_error = abs(t1 - t0), SAFETY
         self._late = 1 - scheme.c
+        self._evals_a_step = scheme.tableau.n_stages - 1  # the first stage is known when the first step begins
         self.running = t0 != t1
 
-    def begin(self, dynamics: Dynamics, y: Tensor) -> Tensor:
-        f = dynamics(self._time(self.t), y)
+    def start_time(self) -> Tensor:
+        """The first time, as ``(n, 1)``."""
+        return self._time(self.t)
+
+    def begin(self, dynamics: Dynamics, y: Tensor, f: Tensor) -> None:
+        """Choose the first step that is to be tried, given the field ``f`` at the start."""
         self._n_evals += 1
         length = abs(self.t1 - self.t)
         given = self.tolerance.step_size or self.tolerance.first_step
         self.h = min(length, self._first_step(dynamics, y, f, length) if given is None else given)
-        return f
 
     def _time(self, t: float) -> Tensor:
         return self.scheme.b.new_full((1, 1), t).expand(self.n_rows, 1)
 
-    def _norm(self, error: Tensor, y: Tensor, y1: Tensor) -> float:
-        scale = torch.maximum(y.abs(), y1.abs()).mul_(self.tolerance.rtol).add_(self.tolerance.atol)
-        ratio = torch.div(error, scale, out=scale)
+    def _norm(self, ratio: Tensor) -> float:
         if self._weights is None:
             return float(torch.linalg.vector_norm(ratio)) / math.sqrt(max(ratio.numel(), 1))
-        return math.sqrt(float((self._weights @ ratio.square_()).sum()) / max(ratio.shape[1], 1))
+        return math.sqrt(float((self._weights @ ratio.square()).sum()) / max(ratio.shape[1], 1))
 
     def _first_step(self, dynamics: Dynamics, y: Tensor, f: Tensor, length: float) -> float:
-        d0, d1 = self._norm(y, y, y), self._norm(f, y, y)
+        unit = error_unit(y, y, self.tolerance)
+        d0, d1 = self._norm(y / unit), self._norm(f / unit)
         if not math.isfinite(d0 + d1):
             return length
         guess = min(1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1, length)
         probe = dynamics(self._time(self.t + self.sign * guess), y + self.sign * guess * f)
         self._n_evals += 1
-        steepest = max(d1, self._norm(probe - f, y, y) / guess)
+        steepest = max(d1, self._norm((probe - f) / unit) / guess)
         bound = max(1e-6, guess * 1e-3) if steepest <= 1e-15 else (0.01 / steepest) ** (1 / max(self._order, 1))
         return min(100 * guess, bound)
 
@@ -302,8 +325,12 @@ class SharedControl:
         return self.tolerance.step_size is None
 
     def judge(self, y: Tensor, f: Tensor, span: Span, attempt: Attempt) -> Verdict:
-        self._n_evals += self.scheme.tableau.n_stages - 1
-        error = 0.0 if attempt.error is None or not self._adapts else self._norm(attempt.error, y, attempt.y1)
+        self._n_evals += self._evals_a_step
+        error, ratio, unit = 0.0, None, None
+        if attempt.error is not None and self._adapts:
+            unit = error_unit(y, attempt.y1, self.tolerance)
+            ratio = attempt.error / unit
+            error = self._norm(ratio)
         accepted = error <= 1
         if self._adapts:
             self._next_step(abs(span.h), error, accepted)
@@ -313,11 +340,13 @@ class SharedControl:
                 self._stop(Status.STEP_UNDERFLOW if math.isfinite(error) else Status.NON_FINITE)
             return Verdict(y, f, 0.0, False, math.isfinite(error))
         self._n_steps += 1
+        self._evals_a_step = self.scheme.tableau.n_stages - int(self.scheme.tableau.fsal)
+        self._last_step, self._last_error = abs(span.h), error
         self.t = span.t_next
         self.running = self.t != self.t1
         if self.running and self._n_steps + self._n_rejected >= self.tolerance.max_num_steps:
             self._stop(Status.MAX_STEPS)
-        return Verdict(attempt.y1, attempt.f1, span.h, True, True)
+        return Verdict(attempt.y1, attempt.f1, span.h, True, True, ratio, unit)
 
     def _stop(self, status: Status) -> None:
         self._status, self.running = status, False
@@ -341,11 +370,17 @@ class SharedControl:
             return torch.full((self.n_rows,), value, dtype=dtype, device=device)
 
         status = column(self._status, torch.int8)
-        if self._status == Status.SUCCESS:
+        success = self._status == Status.SUCCESS
+        if success and not bool(torch.isfinite(y.sum())):
             status.masked_fill_(~torch.isfinite(y).all(dim=1), Status.NON_FINITE)
+            success = not bool(status.any())
         counts = (self._n_evals, self._n_steps, self._n_rejected)
         reached = column(self.t, time_dtype_of(device))
-        return Stats(status, *(column(count, torch.int64) for count in counts), reached, self.h)
+        return Stats(status, *(column(count, torch.int64) for count in counts), reached, self._proposal(), success)
+
+    def _proposal(self) -> float:
+        """The longest step that the last one's error would have allowed."""
+        return self._last_step * (SAFETY / max(self._last_error, 1e-10)) ** (1 / max(self._order, 1))
 
 
 Control = RowControl | SharedControl

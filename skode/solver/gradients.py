@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from skode.exceptions import SolverError
-from skode.solver.control import Control, Tolerance, Verdict
+from skode.solver.control import Control, Verdict
 from skode.solver.dynamics import Dynamics
 from skode.solver.integrate import End, NoRecord, Record, Recorder, integrate
 from skode.solver.interpolate import DenseOutput, Step
@@ -39,7 +39,7 @@ class Problem:
     scheme: Scheme
     make_control: Callable[[Tensor, Tensor, Scheme], Control]
     tape_budget: int
-    error_in: Tolerance | None = None
+    keep_errors: bool = False
 
 
 class Gradients(NamedTuple):
@@ -97,7 +97,7 @@ class DiscreteGradient:
     """
 
     def recorder(self, problem: Problem, keep_stages: bool) -> Recorder:
-        return Record(keep_stages=keep_stages, tape_budget=problem.tape_budget, tolerance=problem.error_in)
+        return Record(keep_stages=keep_stages, tape_budget=problem.tape_budget, keep_errors=problem.keep_errors)
 
     def backward(self, problem: Problem, run: Run, g: Tensor, g_error: Tensor, time: bool) -> Gradients:
         dense = run.dense
@@ -106,7 +106,7 @@ class DiscreteGradient:
         if not dense.steps:
             return Gradients(torch.nan_to_num(g).sum(dim=1), sweep.time_gradient, sweep.parameter_gradients())
         if run.times.shape[1] == 2:
-            lam = torch.where(torch.isnan(run.y[:, 1]), 0.0, g[:, 1])
+            lam = g[:, 1] if run.stats.success else torch.where(torch.isnan(run.y[:, 1]), 0.0, g[:, 1])
             groups: list[_Interior | None] = [None] * len(dense.steps)
         else:
             lam = torch.zeros_like(g[:, 0])
@@ -167,9 +167,8 @@ class _Sweep:
         error = None if step.error is None else step.error * self._g_error
         pulled: dict[int, Tensor] = {}
         for i in reversed(range(tableau.n_stages)):
-            gk = self._stage_cotangent(i, lam, pulled, injected, error)
+            gk = self._stage_cotangent(i, h, lam, pulled, injected, error)
             if gk is not None:
-                gk = gk * h
                 self._note_step_length(step, i, gk)
             if i == tableau.n_stages - 1 and tableau.fsal and self._carried is not None:
                 gk = self._carried if gk is None else gk + self._carried
@@ -201,19 +200,30 @@ class _Sweep:
         return lam
 
     def _stage_cotangent(
-        self, i: int, lam: Tensor, pulled: dict[int, Tensor], injected: Tensor | None, error: Tensor | None
+        self,
+        i: int,
+        h: Any,
+        lam: Tensor,
+        pulled: dict[int, Tensor],
+        injected: Tensor | None,
+        error: Tensor | None,
     ) -> Tensor | None:
-        """Of ``K[i]``: from the solution, the later stages' states, the outputs inside of the step and its error."""
-        gk = None if self.scheme.tableau.b[i] == 0 else lam * self.scheme.tableau.b[i]
-        for j, weight in self._a[i]:
-            if j in pulled:
-                gk = pulled[j] * weight if gk is None else torch.add(gk, pulled[j], alpha=weight)
-        if error is not None and self.scheme.tableau.e is not None and self.scheme.tableau.e[i] != 0:
-            weight = self.scheme.tableau.e[i]
-            gk = error * weight if gk is None else torch.add(gk, error, alpha=weight)
+        """Of stage i's field value: from the solution, later stages' states, outputs inside the step, and its error."""
+        tableau = self.scheme.tableau
+        terms = [(lam, tableau.b[i])] if tableau.b[i] != 0 else []
+        terms += [(pulled[j], weight) for j, weight in self._a[i] if j in pulled]
+        if error is not None and tableau.e is not None and tableau.e[i] != 0:
+            terms.append((error, tableau.e[i]))
         if injected is not None:
-            gk = injected[:, i] if gk is None else gk + injected[:, i]
-        return gk
+            terms.append((injected[:, i], 1.0))
+        if not terms:
+            return None
+        # K[i] = h f: a step length shared by all rows goes into the weights.
+        factor = h if isinstance(h, float) else 1.0
+        gk = terms[0][0] * (terms[0][1] * factor)
+        for term, weight in terms[1:]:
+            gk = gk.add_(term, alpha=weight * factor)
+        return gk if isinstance(h, float) else gk.mul_(h)
 
     def _pull(self, step: Step, i: int, tape: Any, gk: Tensor) -> Tensor:
         dy, dt = self.dynamics.pull(tape, gk, time=self._time)

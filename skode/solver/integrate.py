@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from skode.solver.control import Control, Tolerance, Verdict
+from skode.solver.control import Control, Verdict
 from skode.solver.dynamics import Dynamics
 from skode.solver.interpolate import Step
 from skode.solver.solution import Stats
@@ -47,13 +47,13 @@ class Record:
     keep_stages : bool
     tape_budget : int
         0 keeps none: the stages are then linearised anew going back.
-    tolerance : Tolerance, optional
-        If given, ``error`` adds up the rows' squared errors in its units.
+    keep_errors : bool
+        ``error`` then adds up the rows' squared errors in units of the tolerance.
     """
 
     keep_stages: bool = False
     tape_budget: int = 0
-    tolerance: Tolerance | None = None
+    keep_errors: bool = False
     steps: list[Step] = field(default_factory=list)
     error: Tensor | None = None
 
@@ -66,17 +66,15 @@ class Record:
             self.tape_budget -= sum(tape.nbytes for tape in attempt.tapes)
         K = attempt.K if self.keep_stages else None
         slope = None
-        if self.tolerance is not None and attempt.error is not None:
-            slope = self._add_error(self.tolerance, y, attempt.y1, attempt.error * (verdict.h != 0))
+        if self.keep_errors and verdict.ratio is not None and verdict.unit is not None:
+            slope = self._add_error(verdict.ratio, verdict.unit)
         self.steps.append(Step(y, span, verdict.h, K, attempt.tapes, slope))
 
-    def _add_error(self, tolerance: Tolerance, y: Tensor, y1: Tensor, error: Tensor) -> Tensor:
-        """Add the mean square of error / scale, and return its derivative with the error (the scale held fixed)."""
-        scale = torch.maximum(y.abs(), y1.abs()).mul_(tolerance.rtol).add_(tolerance.atol)
-        ratio = error / scale
+    def _add_error(self, ratio: Tensor, unit: Tensor) -> Tensor:
+        """Add the mean square of error / unit, and return its derivative with the error (the unit held fixed)."""
         square = ratio.square().mean(dim=1)
         self.error = square if self.error is None else self.error + square
-        return ratio.div_(scale).mul_(2 / y.shape[1])
+        return torch.div(ratio, unit).mul_(2 / ratio.shape[1])
 
 
 class End(NamedTuple):
@@ -101,21 +99,21 @@ def integrate(dynamics: Dynamics, scheme: Scheme, y: Tensor, control: Control, r
     -------
     End
     """
-    f: Tensor | None = control.begin(dynamics, y)
-    tape: Any | None = None
+    f, tape = _evaluate(dynamics, control.start_time(), y, recorder)
+    control.begin(dynamics, y, f)
     while control.running:
         span = control.propose()
-        if recorder.wants_tapes:
-            if tape is None:
-                f, tape = dynamics.linearize(span.times[0], y)
-        else:
-            tape = None
-            if f is None:
-                f = dynamics(span.times[0], y)
+        if f is None or recorder.wants_tapes and tape is None:
+            f, tape = _evaluate(dynamics, span.times[0], y, recorder)
         attempt = attempt_step(dynamics, scheme, y, f, span, tape)
         verdict = control.judge(y, f, span, attempt)
         if verdict.accepted:
             recorder.record(y, span, attempt, verdict)
+            # Of a first-same-as-last method, the last stage is the next step's first.
             tape = attempt.tapes[-1] if attempt.tapes is not None and scheme.tableau.fsal else None
         y, f = verdict.y, verdict.f
     return End(y, control.stats(y))
+
+
+def _evaluate(dynamics: Dynamics, t: Tensor, y: Tensor, recorder: Recorder) -> tuple[Tensor, Any | None]:
+    return dynamics.linearize(t, y) if recorder.wants_tapes else (dynamics(t, y), None)

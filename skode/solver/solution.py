@@ -38,7 +38,8 @@ _MESSAGES = {
 
 
 class Stats(NamedTuple):
-    """Per-row columns of shape (n,): status, counts, the time that was reached; and the step that would come next."""
+    """Per-row columns of shape (n,): status, counts, the time that was reached; then the step that would come next, and
+    whether all rows succeeded."""
 
     status: Tensor
     n_evals: Tensor
@@ -46,6 +47,7 @@ class Stats(NamedTuple):
     n_rejected: Tensor
     t: Tensor
     next_step: float
+    success: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,8 @@ class Solution:
         Evaluations of the field, accepted and rejected steps.
     t_reached : tensor of shape (n,)
         Where each row stopped.
+    success : bool
+        Whether every row reached its end.
     next_step : float
         The controller's proposal after the last step (the rows' mean): a first step for a similar solve.
     error_estimate : tensor of shape (n,) or None
@@ -78,6 +82,7 @@ class Solution:
     n_rejected: Tensor
     t_reached: Tensor
     next_step: float
+    success: bool
     error_estimate: Tensor | None = None
     _dense: DenseOutput | None = None
 
@@ -88,11 +93,6 @@ class Solution:
             return self.y[:, -1]
         last = (~torch.isnan(self.t)).sum(dim=1) - 1
         return self.y[torch.arange(len(last), device=last.device), last]
-
-    @property
-    def success(self) -> bool:
-        """Whether every row reached its end."""
-        return not bool((self.status != Status.SUCCESS).any())
 
     def failures(self) -> dict[int, str]:
         """Failed rows, with what happened to each, where, and what to change."""

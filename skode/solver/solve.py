@@ -126,7 +126,7 @@ def solve(
         scheme,
         _control_maker(step_control, tolerance, shared, y0),
         memory_budget if step_control != "row" else 0,
-        tolerance if error_estimate else None,
+        error_estimate,
     )
     if error_estimate and (gradient != "discrete" or not tableau.adaptive):
         raise ValueError("error_estimate=True needs gradient='discrete' and an adaptive method.")
@@ -137,7 +137,7 @@ def solve(
     else:
         recorder: Recorder = NoRecord()
         if dense or error_estimate:
-            recorder = Record(keep_stages=dense, tolerance=problem.error_in)
+            recorder = Record(keep_stages=dense, keep_errors=error_estimate)
         with torch.no_grad():
             runs.append(_run(problem, recorder, dense, y0, times))
         y, error = runs[0].y, runs[0].error
@@ -152,6 +152,7 @@ def solve(
         stats.n_rejected,
         stats.t,
         stats.next_step,
+        stats.success,
         error if error_estimate else None,
         run.dense if dense_output else None,
     )
@@ -159,8 +160,7 @@ def solve(
 
 def _run(problem: Problem, recorder: Recorder, dense: bool, y0: Tensor, times: Tensor) -> Run:
     """Integrate and place the outputs."""
-    last = (~torch.isnan(times)).sum(dim=1, keepdim=True) - 1
-    t0, t1 = times[:, 0], times.gather(1, last).view(-1)
+    t0, t1 = times[:, 0], _last_times(times)
     end = integrate(problem.dynamics, problem.scheme, y0, problem.make_control(t0, t1, problem.scheme), recorder)
     record = None
     if isinstance(recorder, Record):
@@ -172,12 +172,21 @@ def _run(problem: Problem, recorder: Recorder, dense: bool, y0: Tensor, times: T
     elif times.shape[1] == 1:
         y = y0.unsqueeze(1).clone()
     else:
-        y1 = end.y.masked_fill((end.stats.status != 0).unsqueeze(1), torch.nan)
-        y = torch.stack([y0, y1], dim=1)
-        if record is not None:
+        y = torch.stack([y0, end.y], dim=1)
+        if not end.stats.success:
+            y[:, 1].masked_fill_((end.stats.status != 0).unsqueeze(1), torch.nan)
+        if times.stride(0):
             y[:, 1].masked_fill_(torch.isnan(times[:, 1:]), torch.nan)
     error = recorder.error if isinstance(recorder, Record) else None
     return Run(times, y, y0.new_zeros(len(y0)) if error is None else error, end.stats, record)
+
+
+def _last_times(times: Tensor) -> Tensor:
+    """Each row's last time that is not NaN padding; shared times have none."""
+    if not times.stride(0):
+        return times[:, -1]
+    last = (~torch.isnan(times)).sum(dim=1, keepdim=True) - 1
+    return times.gather(1, last).view(-1)
 
 
 class _Solve(torch.autograd.Function):
@@ -255,17 +264,26 @@ def _times(t: Any, y0: Tensor) -> Tensor:
 
 
 def _check_monotone(times: Tensor) -> None:
-    probe = times[:1] if times.stride(0) == 0 else times
-    missing = torch.isnan(probe)
+    if times.stride(0) == 0:
+        _check_shared(times[0].tolist())
+        return
+    missing = torch.isnan(times)
     if bool(missing[:, 0].any()) or bool((missing[:, :-1] & ~missing[:, 1:]).any()):
         raise ValueError("NaN in t may only pad the end of a row; every row needs its first time.")
-    if bool(torch.isinf(probe).any()):
+    if bool(torch.isinf(times).any()):
         raise ValueError("t holds an infinite time.")
-    steps = probe.diff(dim=1).nan_to_num(0.0)
+    steps = times.diff(dim=1).nan_to_num(0.0)
     wrong = torch.nonzero((steps > 0).any(dim=1) & (steps < 0).any(dim=1))
     if len(wrong):
         row = int(wrong[0])
-        raise ValueError(f"t must be ascending or descending within a row; row {row} has {probe[row].tolist()}.")
+        raise ValueError(f"t must be ascending or descending within a row; row {row} has {times[row].tolist()}.")
+
+
+def _check_shared(times: list[float]) -> None:
+    if not all(map(math.isfinite, times)):
+        raise ValueError(f"t must be finite where it is shared by all rows; got {times}.")
+    if times not in (sorted(times), sorted(times, reverse=True)):
+        raise ValueError(f"t must be ascending or descending; got {times}.")
 
 
 def _control_maker(

@@ -76,7 +76,7 @@ def combine(y: Tensor, K: Tensor, weights: Tensor) -> Tensor:
 def attempt_step(
     dynamics: Dynamics, scheme: Scheme, y: Tensor, f0: Tensor, span: Span, tape0: Any | None = None
 ) -> Attempt:
-    """Take one step from ``y``, whose field value ``f0`` is known; with ``tape0`` every stage is linearised."""
+    """Take one step from ``y``, whose field value ``f0`` is known; with its tape every stage is linearised."""
     tableau = scheme.tableau
     K = y.new_empty((tableau.n_stages, *y.shape))
     torch.mul(f0, span.h, out=K[0])

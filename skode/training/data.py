@@ -42,6 +42,7 @@ class TrainingRows:
     folds: NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
+        self._whole: Batch | None = None
         self._rows = None if self.folds is None else self._tables(inside=False)
 
     def _tables(self, *, inside: bool) -> list[Tensor]:
@@ -58,8 +59,10 @@ class TrainingRows:
     def batches(self, batch_size: int, generator: torch.Generator | None) -> Iterator[Batch]:
         """One epoch: equal batches in an order of its own for each member; in the rows' order without a generator."""
         n_batches = max(1, round(self.n_rows / batch_size))
-        if n_batches == 1 and self._rows is None:
-            yield self._take_all()
+        if n_batches == 1:  # the order does not matter
+            if self._whole is None:
+                self._whole = self._take_all() if self._rows is None else self._take(self._order(None))
+            yield self._whole
             return
         table = self._order(generator)
         for rows in table.tensor_split(n_batches, dim=1):
