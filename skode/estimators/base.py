@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from skode.exceptions import SolverError
 from skode.fields import ACTIVATIONS
-from skode.models import InputScale, ODENet, ODENetConfig, SolverOptions
+from skode.models import Encoding, InputScale, ODENet, ODENetConfig, SolverOptions
 from skode.models.blocks import block_size, blocks
 from skode.runtime import (
     as_array,
@@ -45,11 +45,24 @@ EARLY_STOPPING_ROWS = 100  # "auto": held-out rows decide from here on
 N_BINS = 8
 LARGEST_ENCODED_WIDTH = 200  # columns; beyond, "auto" leaves the piecewise-linear encoding out
 QUANTILE_ROWS = 20_000  # enough to place eight bins
-N_UPDATES = 300  # "auto" epochs of small data make at least so many updates
-N_EPOCHS = 50
-# A training solve may err this many tolerances, and the error penalty presses it below one: coarse steps while the
-# dynamics are still wild, and dynamics that a single step solves to the tolerance in the end.
-TRAINING_SLACK = 10.0
+N_UPDATES = 300  # epochs of small data, if not given, make at least so many updates
+# "auto" methods by tolerance: the first whose rtol is reached, with (training, prediction).
+AUTO_METHODS = ((1e-3, "adaptive_midpoint", "bosh3"), (1e-5, "bosh3", "tsit5"), (0.0, "tsit5", "tsit5"))
+
+
+class Slack(NamedTuple):
+    """A training solve's estimated error may be so many tolerances, and the penalty on its square has this weight.
+
+    Steps are coarse while the dynamics are still wild, and the penalty leads to dynamics that a single step solves in
+    the end. Euler's estimate in the midpoint method is of lower order, hence larger for the same error.
+    """
+
+    tolerances: float
+    weight: float
+
+
+SLACK = {"adaptive_midpoint": Slack(100.0, 3e-4), "adaptive_heun": Slack(100.0, 3e-4)}
+USUAL_SLACK = Slack(10.0, 3e-3)
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ class BaseODENet(BaseEstimator):
     """Base class; see :class:`ODENetClassifier` for the arguments."""
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
+        "hidden_layer_sizes": [StrOptions({"auto"}), "array-like", Interval(Integral, 1, None, closed="left")],
         "activation": [StrOptions(set(ACTIVATIONS))],
         "n_members": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
         "input_encoding": [StrOptions({"auto", "standard", "piecewise"})],
@@ -84,7 +97,7 @@ class BaseODENet(BaseEstimator):
         "field": [None, callable],
         "energy_penalty": [Interval(Real, 0, None, closed="left")],
         "error_penalty": [Interval(Real, 0, None, closed="left")],
-        "method": [StrOptions(set(METHODS))],
+        "method": [StrOptions({"auto", *METHODS})],
         "rtol": [Interval(Real, 0, None, closed="neither")],
         "atol": [Interval(Real, 0, None, closed="left")],
         "step_size": [None, Interval(Real, 0, None, closed="neither")],
@@ -107,6 +120,9 @@ class BaseODENet(BaseEstimator):
     }
 
     _default_members: ClassVar[int] = 8
+    _default_epochs: ClassVar[int]
+    _default_units: ClassVar[int]
+    _unit_variance: ClassVar[bool]  # of the piecewise-linear encoding
 
     def __init__(
         self,
@@ -279,11 +295,11 @@ class BaseODENet(BaseEstimator):
             return self._net.build(torch_dtype(self.dtype_), device)
         config = self._config(X.shape[1], n_outputs)
         model = ODENet(config, torch_generator(seed)).to(torch_dtype(self.dtype_))
-        model.inputs.set(_input_scale(X, sample_weight, config))
+        model.inputs.set(_input_scale(X, sample_weight, config, self._unit_variance))
         return model.to(device)
 
     def _config(self, n_features: int, n_outputs: int) -> ODENetConfig:
-        sizes = self.hidden_layer_sizes
+        sizes = self._layer_sizes()
         image = None if self.image_shape is None else _checked_image(self.image_shape, n_features)
         own = image is not None or self.field is not None
         if isinstance(self.field, torch.nn.Module):
@@ -306,7 +322,7 @@ class BaseODENet(BaseEstimator):
             n_members=members,
             n_encoded=n_encoded,
             n_bins=N_BINS,
-            hidden_layer_sizes=(int(sizes),) if isinstance(sizes, Integral) else tuple(int(size) for size in sizes),
+            hidden_layer_sizes=sizes,
             activation=self.activation,
             time_dependent=bool(self.time_dependent),
             augment_dim=self.augment_dim,
@@ -315,6 +331,15 @@ class BaseODENet(BaseEstimator):
             image_shape=image,
             field=self.field,
         )
+
+    def _layer_sizes(self) -> tuple[int, ...]:
+        sizes = self.hidden_layer_sizes
+        if isinstance(sizes, str):
+            return (self._default_units,)
+        sizes = tuple(int(size) for size in np.atleast_1d(sizes))
+        if any(size < 1 for size in sizes):
+            raise ValueError(f"hidden_layer_sizes must be positive, got {self.hidden_layer_sizes!r}.")
+        return sizes
 
     def _training_rows(
         self,
@@ -346,7 +371,7 @@ class BaseODENet(BaseEstimator):
     def _training_options(self, rows: TrainingRows, incremental: bool) -> TrainingOptions:
         batch_size = 128 if self.batch_size == "auto" else int(self.batch_size)
         n_batches = max(1, round(rows.n_rows / batch_size))
-        epochs = max(N_EPOCHS, -(-N_UPDATES // n_batches)) if self.max_iter is None else int(self.max_iter)
+        epochs = max(self._default_epochs, -(-N_UPDATES // n_batches)) if self.max_iter is None else int(self.max_iter)
         return TrainingOptions(
             max_iter=1 if incremental else epochs,
             batch_size=batch_size,
@@ -356,29 +381,38 @@ class BaseODENet(BaseEstimator):
             n_iter_no_change=int(self.n_iter_no_change),
             shuffle=bool(self.shuffle),
             decay=not incremental,
-            error_penalty=float(self.error_penalty) * TRAINING_SLACK**2 if self._is_penalised else 0.0,
+            error_penalty=self._training_slack().weight,
             energy_penalty=float(self.energy_penalty),
         )
 
-    @property
-    def _is_penalised(self) -> bool:
-        return self.error_penalty > 0 and METHODS[self.method].adaptive and self.gradient == "discrete"
+    def _training_slack(self) -> Slack:
+        """Of the training method; none where the error is not estimated or not differentiable."""
+        method = self._method(training=True)
+        if self.error_penalty == 0 or not METHODS[method].adaptive or self.gradient != "discrete":
+            return Slack(1.0, 0.0)
+        slack = SLACK.get(method, USUAL_SLACK)
+        # The solver tells errors in units of its own, slackened tolerance.
+        return Slack(slack.tolerances, float(self.error_penalty) * slack.weight * slack.tolerances**2)
 
     def _training_solver(self) -> SolverOptions:
-        options = self._solver_options(self.gradient)
-        if not self._is_penalised:
-            return options
-        return replace(options, rtol=options.rtol * TRAINING_SLACK, atol=options.atol * TRAINING_SLACK)
+        options, slack = self._solver_options(training=True), self._training_slack().tolerances
+        return replace(options, rtol=options.rtol * slack, atol=options.atol * slack, gradient=self.gradient)
 
-    def _solver_options(self, gradient: str) -> SolverOptions:
+    def _solver_options(self, *, training: bool = False) -> SolverOptions:
+        method = self._method(training=training)
         return SolverOptions(
-            method=self.method,
+            method=method,
             rtol=float(self.rtol),
             atol=float(self.atol),
-            step_size=None if self.step_size is None or METHODS[self.method].adaptive else float(self.step_size),
+            step_size=None if self.step_size is None or METHODS[method].adaptive else float(self.step_size),
             max_num_steps=int(self.max_num_steps),
-            gradient=gradient,
         )
+
+    def _method(self, *, training: bool) -> str:
+        if self.method != "auto":
+            return str(self.method)
+        _, in_training, in_prediction = next(row for row in AUTO_METHODS if self.rtol >= row[0])
+        return in_training if training else in_prediction
 
     def _keep(self, model: ODENet, history: History, whole: bool) -> None:
         """Fitted attributes, all of them NumPy or plain Python."""
@@ -411,7 +445,7 @@ class BaseODENet(BaseEstimator):
         self, model: ODENet, X: Tensor, times: list[float] | None = None
     ) -> Iterator[tuple[slice, Solution]]:
         """Solve in blocks of one fixed shape."""
-        options = self._solver_options("discrete")
+        options = self._solver_options()
         for rows, block in blocks(X, block_size(model.config.n_members, model.n_dims)):
             with torch.no_grad():
                 yield rows, model.solve_rows(block, options, times)
@@ -527,7 +561,9 @@ def unchanged_on_failure(estimator: BaseEstimator) -> Iterator[None]:
         raise
 
 
-def _input_scale(X: NDArray[Any], sample_weight: NDArray[Any], config: ODENetConfig) -> InputScale:
+def _input_scale(
+    X: NDArray[Any], sample_weight: NDArray[Any], config: ODENetConfig, unit_variance: bool
+) -> InputScale:
     """Weighted means, scales and quantiles of the columns; one mean and scale for all pixels of an image."""
     scaler = StandardScaler(copy=False)
     if config.image_shape is not None:
@@ -538,15 +574,12 @@ def _input_scale(X: NDArray[Any], sample_weight: NDArray[Any], config: ODENetCon
     if not (np.isfinite(mean).all() and np.isfinite(scale).all()):
         column = int(np.flatnonzero(~(np.isfinite(mean) & np.isfinite(scale)))[0])
         raise ValueError(f"column {column} of X is too large to be standardised; rescale it.")
-    edges = None
+    encoding = None
     if config.n_encoded:
         part = slice(None, None, max(1, len(X) // QUANTILE_ROWS))
-        levels = np.linspace(0, 1, config.n_bins + 1)
-        weights = sample_weight[part]
-        edges = np.quantile(
-            np.asarray(X[part], np.float64), levels, axis=0, weights=weights, method="inverted_cdf"
-        ).T
-    return InputScale(mean, scale, edges)
+        Z = (np.asarray(X[part], np.float64) - mean) / scale
+        encoding = Encoding.fit(Z, sample_weight[part], config.n_bins, unit_variance=unit_variance)
+    return InputScale(mean, scale, encoding)
 
 
 def _pixel_scale(X: NDArray[Any], sample_weight: NDArray[Any]) -> InputScale:

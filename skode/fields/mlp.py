@@ -19,18 +19,27 @@ from skode.solver.dynamics import Weight
 class _Layer(nn.Module):
     """An affine map, or ``n_members`` of them side by side; the last input column is the time if it has one."""
 
-    def __init__(self, n_in: int, n_out: int, n_members: int | None) -> None:
+    def __init__(self, n_in: int, n_out: int, n_members: int | None, time_dependent: bool) -> None:
         super().__init__()
+        n_in += int(time_dependent)
+        self._time_dependent = time_dependent
         lead = () if n_members is None else (n_members,)
         self.weight = nn.Parameter(torch.empty(*lead, n_out, n_in))
         self.bias = nn.Parameter(torch.empty(*lead, n_out))
 
-    def draw(self, generator: torch.Generator) -> None:
-        """Uniform of variance 1 / fan_in for the weight, zero for the bias."""
-        bound = (3.0 / self.weight.shape[-1]) ** 0.5
+    def draw(self, generator: torch.Generator, *, first: bool) -> None:
+        """Uniform weights of variance 1 / fan_in; shifts, in time too, in the first layer alone."""
+        n_in = self.weight.shape[-1] - int(self._time_dependent)
+        shift = n_in**-0.5 if first else 0.0
         with torch.no_grad():
-            self.weight.copy_(torch.rand(self.weight.shape, generator=generator, dtype=torch.float64) * 2 * bound - bound)
-            self.bias.zero_()
+            self.weight.copy_(_uniform(self.weight.shape, (3.0 / n_in) ** 0.5, generator))
+            self.bias.copy_(_uniform(self.bias.shape, shift, generator))
+            if self._time_dependent:
+                self.weight[..., -1].copy_(_uniform(self.bias.shape, shift, generator))
+
+
+def _uniform(shape: torch.Size, bound: float, generator: torch.Generator) -> Tensor:
+    return (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * bound
 
 
 class _Tape:
@@ -104,7 +113,7 @@ class MLPField(nn.Module):
         if min(sizes) < 1:
             raise ValueError(f"every layer needs at least one unit; got sizes {sizes}.")
         self.layers = nn.ModuleList(
-            _Layer(n_in + int(time_dependent), n_out, n_members) for n_in, n_out in pairwise(sizes)
+            _Layer(n_in, n_out, n_members, time_dependent) for n_in, n_out in pairwise(sizes)
         )
         if generator is None:
             generator = torch.Generator()
@@ -113,8 +122,8 @@ class MLPField(nn.Module):
 
     def draw(self, generator: torch.Generator) -> None:
         """Draw all parameters anew."""
-        for layer in self.layers:
-            layer.draw(generator)
+        for i, layer in enumerate(self.layers):
+            layer.draw(generator, first=i == 0)
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         """Value at times ``t (n, 1)`` and states ``y (n, d)``."""

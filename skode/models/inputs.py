@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+_ENCODING = ("slope", "offset", "low", "high")
 CLIP = 3.0  # standard deviations; beyond, values approach this bound smoothly
 
 
@@ -21,20 +22,66 @@ class InputScale:
     ----------
     mean, scale : arrays of shape (n_features,)
         A scale of 1 goes with constant columns.
-    edges : array of shape (n_features, n_bins + 1) or None
-        Quantiles of the columns, for the piecewise-linear encoding.
+    encoding : Encoding, optional
     """
 
     mean: NDArray[Any]
     scale: NDArray[Any]
-    edges: NDArray[Any] | None = None
+    encoding: Encoding | None = None
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The piecewise-linear encoding's units, as min(max(slope z + offset, low), high) of a standardised column z.
+
+    All arrays have shape (n_features, n_bins).
+    """
+
+    slope: NDArray[Any]
+    offset: NDArray[Any]
+    low: NDArray[Any]
+    high: NDArray[Any]
+
+    @classmethod
+    def fit(
+        cls, Z: NDArray[Any], weights: NDArray[Any], n_bins: int, *, unit_variance: bool
+    ) -> Encoding:
+        """Place the bins between weighted quantiles of the standardised rows ``Z``.
+
+        A unit rises from 0 to 1 across its bin; the outermost ones go on for one more width. Units are centred, and
+        divided by their deviation (at least 0.05) with ``unit_variance``. A bin without width has no unit.
+        """
+        columns = [_encode_column(z, weights, n_bins, unit_variance) for z in Z.T]
+        return cls(*(np.stack(part) for part in zip(*columns, strict=True)))
+
+
+def _encode_column(
+    z: NDArray[Any], weights: NDArray[Any], n_bins: int, unit_variance: bool
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+    levels = np.linspace(0, 1, n_bins + 1)
+    edges = np.quantile(z, levels, weights=weights, method="inverted_cdf")
+    width = np.diff(edges)
+    real = width > 1e-9
+    slope = np.divide(1.0, width, out=np.zeros_like(width), where=real)
+    low, high = np.zeros(n_bins), real.astype(float)
+    if real.any():
+        first, last = np.flatnonzero(real)[[0, -1]]
+        low[first], high[last] = -1.0, 2.0
+    offset = -edges[:-1] * slope
+    units = np.clip(z[:, None] * slope + offset, low, high)
+    center = np.average(units, axis=0, weights=weights)
+    factor = np.ones(n_bins)
+    if unit_variance:
+        deviation = np.sqrt(np.average((units - center) ** 2, axis=0, weights=weights))
+        factor = 1 / np.maximum(deviation, 0.05)
+    return slope * factor, (offset - center) * factor, (low - center) * factor, (high - center) * factor
 
 
 class InputLayer(nn.Module):
     """Standardise and clip; encode piecewise linearly on request.
 
-    The encoding (Gorishniy et al. 2022, arXiv:2203.05556) gives each bin between two quantiles a unit that rises from
-    0 to 1 across it, which lets a smooth network follow thresholds.
+    The encoding (Gorishniy et al. 2022, arXiv:2203.05556) gives each bin between two quantiles a unit that rises
+    across it, which lets a smooth network follow thresholds.
 
     Parameters
     ----------
@@ -48,9 +95,8 @@ class InputLayer(nn.Module):
         self.n_bins = n_bins
         self.register_buffer("mean", torch.zeros(n_features))
         self.register_buffer("factor", torch.ones(n_features))
-        if n_bins:
-            self.register_buffer("left", torch.zeros(n_features, n_bins))
-            self.register_buffer("steepness", torch.zeros(n_features, n_bins))
+        for name in _ENCODING if n_bins else ():
+            self.register_buffer(name, torch.zeros(n_features, n_bins))
 
     @torch.no_grad()
     def set(self, scale: InputScale) -> None:
@@ -58,18 +104,12 @@ class InputLayer(nn.Module):
         buffers: dict[str, Tensor] = dict(self.named_buffers())
         buffers["mean"].copy_(torch.from_numpy(scale.mean))
         buffers["factor"].copy_(torch.from_numpy(1 / scale.scale))
-        if self.n_bins:
-            assert scale.edges is not None
-            edges = (scale.edges - scale.mean[:, None]) / scale.scale[:, None]
-            width = np.diff(edges, axis=1)
-            # A bin without width (tied quantiles) gets no unit.
-            steepness = np.divide(1.0, width, out=np.zeros_like(width), where=width > 1e-9)
-            buffers["left"].copy_(torch.from_numpy(edges[:, :-1]))
-            buffers["steepness"].copy_(torch.from_numpy(steepness))
+        for name in _ENCODING if self.n_bins else ():
+            buffers[name].copy_(torch.from_numpy(getattr(scale.encoding, name)))
 
     def standardise(self, X: Tensor) -> Tensor:
         """(x - mean) / scale, shape (..., n_features)."""
-        mean, factor = self._two("mean", "factor")
+        mean, factor = self._some("mean", "factor")
         return (X - mean).mul_(factor)
 
     @staticmethod
@@ -79,9 +119,10 @@ class InputLayer(nn.Module):
         return z / torch.hypot(z.new_ones(()), z / CLIP)
 
     def encode(self, z: Tensor) -> Tensor:
-        """Units in [0, 1], shape (..., n_features * n_bins), from standardised values."""
-        left, steepness = self._two("left", "steepness")
-        return (z.unsqueeze(-1) - left).mul_(steepness).clamp_(0, 1).flatten(-2)
+        """The encoding's units, shape (..., n_features * n_bins), of standardised values."""
+        slope, offset, low, high = self._some(*_ENCODING)
+        units = torch.addcmul(offset, z.unsqueeze(-1), slope)
+        return torch.minimum(torch.maximum(units, low), high).flatten(-2)
 
-    def _two(self, first: str, second: str) -> tuple[Tensor, Tensor]:
-        return getattr(self, first), getattr(self, second)
+    def _some(self, *names: str) -> list[Tensor]:
+        return [getattr(self, name) for name in names]

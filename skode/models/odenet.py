@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -374,8 +374,3 @@ def _users_field(factory: FieldFactory, n_dims: int, generator: torch.Generator)
             "that maps (t, y) to dy/dt."
         )
     return module
-
-
-def without_encoding(config: ODENetConfig) -> ODENetConfig:
-    """The configuration with every member on plain inputs."""
-    return replace(config, n_encoded=0)

@@ -18,7 +18,7 @@ from skode.solver.dynamics import Dynamics
 from skode.solver.integrate import End, NoRecord, Record, Recorder, integrate
 from skode.solver.interpolate import DenseOutput, Step
 from skode.solver.solution import Stats, Status
-from skode.solver.step import Attempt, Scheme, Span, combine
+from skode.solver.step import Attempt, Scheme, Span, make_stages
 
 
 class Run(NamedTuple):
@@ -67,14 +67,13 @@ def relinearize(dynamics: Dynamics, scheme: Scheme, step: Step) -> list[Any]:
     start = step.span.times[0]
     f, tape = dynamics.linearize(start, step.y)
     tapes = [tape]
-    K = step.y.new_empty((scheme.tableau.n_stages, *step.y.shape))
-    torch.mul(f, step.h, out=K[0])
-    for i, weights in enumerate(scheme.a, start=1):
+    stages = make_stages(scheme, step.y, step.h)
+    for i in range(1, scheme.tableau.n_stages):
+        stages.add(f)
         time = step.span.times[i]
         if isinstance(step.h, Tensor):
             time = torch.where(step.h == 0, start, time)
-        f, tape = dynamics.linearize(time, combine(step.y, K, weights))
-        torch.mul(f, step.h, out=K[i])
+        f, tape = dynamics.linearize(time, stages.combine(step.y, i - 1))
         tapes.append(tape)
     return tapes
 

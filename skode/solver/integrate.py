@@ -64,7 +64,7 @@ class Record:
     def record(self, y: Tensor, span: Span, attempt: Attempt, verdict: Verdict) -> None:
         if attempt.tapes is not None:
             self.tape_budget -= sum(tape.nbytes for tape in attempt.tapes)
-        K = attempt.K if self.keep_stages else None
+        K = attempt.stages.stacked() if self.keep_stages else None
         slope = None
         if self.keep_errors and verdict.ratio is not None and verdict.unit is not None:
             slope = self._add_error(verdict.ratio, verdict.unit)

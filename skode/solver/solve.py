@@ -55,7 +55,7 @@ def solve(
         Output times, the first one y0's: shared, or each row's own; ascending or descending (rows may differ), equal
         neighbours allowed, NaN-padded at the end for rows with fewer times.
     method : str, default="tsit5"
-        Adaptive: "tsit5", "dopri5", "bosh3", "adaptive_heun", "fehlberg2". Fixed steps: "euler", "midpoint", "heun",
+        Adaptive: "tsit5", "dopri5", "bosh3", "rk32", "fehlberg2", "adaptive_heun", "adaptive_midpoint". Fixed steps: "euler", "midpoint", "heun",
         "rk4" (classic), "rk4_38" (the 3/8 rule).
     rtol, atol : float
         A step is accepted if the root mean square of error / (atol + rtol abs(y)) is at most 1.
@@ -206,7 +206,9 @@ class _Solve(torch.autograd.Function):
         recorder = strategy.recorder(problem, dense or ctx.needs_input_grad[5])
         run = _run(problem, recorder, dense, y0.detach(), times.detach())
         runs.append(run)
-        ctx.problem, ctx.strategy, ctx.run = problem, strategy, run
+        # The outputs will point to this node; the node must not point to them.
+        own = run._replace(y=run.y.detach(), error=run.error.detach())
+        ctx.problem, ctx.strategy, ctx.run = problem, strategy, own
         ctx.save_for_backward(*parameters)  # so that torch notices parameters changed in place before backward
         return run.y, run.error
 

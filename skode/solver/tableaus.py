@@ -120,6 +120,9 @@ RK4_38 = Tableau("rk4_38", 4, ((1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 
 
 ADAPTIVE_HEUN = Tableau("adaptive_heun", 2, ((1.0,),), (1 / 2, 1 / 2), (-1 / 2, 1 / 2), 2)
 
+# Euler's rule embedded: two evaluations a step, and an estimate of first order that is much larger than the error.
+ADAPTIVE_MIDPOINT = Tableau("adaptive_midpoint", 2, ((1 / 2,),), (0.0, 1.0), (-1.0, 1.0), 2)
+
 # Fehlberg, NASA TR R-315 (1969), the second-order solution propagated.
 FEHLBERG2 = Tableau(
     "fehlberg2",
@@ -230,7 +233,7 @@ DOPRI5 = Tableau(
 
 METHODS: dict[str, Tableau] = {
     tableau.name: tableau
-    for tableau in (EULER, MIDPOINT, HEUN, RK4, RK4_38, ADAPTIVE_HEUN, FEHLBERG2, RK32, BOSH3, TSIT5, DOPRI5)
+    for tableau in (EULER, MIDPOINT, HEUN, RK4, RK4_38, ADAPTIVE_HEUN, ADAPTIVE_MIDPOINT, FEHLBERG2, RK32, BOSH3, TSIT5, DOPRI5)
 }
 
 
