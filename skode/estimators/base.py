@@ -84,7 +84,7 @@ class FittedNet:
 class BaseODENet(BaseEstimator):
     """Base class; see :class:`ODENetClassifier` for the arguments."""
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
         "hidden_layer_sizes": [StrOptions({"auto"}), "array-like", Interval(Integral, 1, None, closed="left")],
         "activation": [StrOptions(set(ACTIVATIONS))],
         "n_members": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
@@ -304,15 +304,17 @@ class BaseODENet(BaseEstimator):
         own = image is not None or self.field is not None
         if isinstance(self.field, torch.nn.Module):
             raise TypeError(
-                "field is an nn.Module instance, which every clone and fold would share; pass a callable that makes one: "
-                "field=lambda n_dims: MyField(n_dims), or the class itself."
+                "field is an nn.Module instance, which every clone and fold would share; pass a callable that makes "
+                "one: field=lambda n_dims: MyField(n_dims), or the class itself."
             )
         members = (1 if own else self._default_members) if self.n_members == "auto" else int(self.n_members)
         plain = own or self.augment_dim is not None or self.input_encoding == "standard"
         n_encoded = 0
         if self.input_encoding == "piecewise":
             if plain:
-                raise ValueError("input_encoding='piecewise' needs the linear lift: no augment_dim, image_shape or field.")
+                raise ValueError(
+                    "input_encoding='piecewise' needs the linear lift: no augment_dim, image_shape or field."
+                )
             n_encoded = members
         elif not plain and n_features <= LARGEST_ENCODED_WIDTH:
             n_encoded = members // 2
@@ -358,8 +360,8 @@ class BaseODENet(BaseEstimator):
             n_folds = max(2, round(1 / self.validation_fraction))
             if len(X) < n_folds:
                 raise ValueError(
-                    f"early_stopping with validation_fraction={self.validation_fraction} needs at least {n_folds} rows; "
-                    f"got {len(X)}. Set early_stopping=False."
+                    f"early_stopping with validation_fraction={self.validation_fraction} needs at least {n_folds} "
+                    f"rows; got {len(X)}. Set early_stopping=False."
                 )
             folds = self._folds(X, target, n_folds, seed)
         device, dtype = model.head.weight.device, model.head.weight.dtype
@@ -561,9 +563,7 @@ def unchanged_on_failure(estimator: BaseEstimator) -> Iterator[None]:
         raise
 
 
-def _input_scale(
-    X: NDArray[Any], sample_weight: NDArray[Any], config: ODENetConfig, unit_variance: bool
-) -> InputScale:
+def _input_scale(X: NDArray[Any], sample_weight: NDArray[Any], config: ODENetConfig, unit_variance: bool) -> InputScale:
     """Weighted means, scales and quantiles of the columns; one mean and scale for all pixels of an image."""
     scaler = StandardScaler(copy=False)
     if config.image_shape is not None:
@@ -609,6 +609,7 @@ def _checked_times(t: Any, t1: float) -> list[float]:
 
 
 def fold_numbers(splits: Any, n_rows: int) -> NDArray[Any]:
+    """The test fold of every row."""
     folds = np.empty(n_rows, dtype=np.int64)
     for fold, (_, rows) in enumerate(splits):
         folds[rows] = fold

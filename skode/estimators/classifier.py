@@ -33,8 +33,8 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
     activation : {"tanh", "softplus", "silu", "logistic", "identity", "relu"}, default="tanh"
         Of the field's hidden layers. Smooth ones need fewer steps than "relu".
     n_members : int or "auto", default="auto"
-        Independent networks whose probabilities are averaged; they are trained and solved together, as one model. 1 is the
-        paper's network. "auto": 8, or 1 with ``image_shape`` or ``field``.
+        Independent networks whose probabilities are averaged; they are trained and solved together, as one model. 1 is
+        the paper's network. "auto": 8, or 1 with ``image_shape`` or ``field``.
     input_encoding : {"auto", "standard", "piecewise"}, default="auto"
         What the networks read: standardised columns, or columns encoded piecewise linearly between quantiles, which
         helps with thresholds. "auto": the latter for half of the members, on up to 200 columns.
@@ -50,9 +50,9 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
     image_shape : (channels, height, width), optional
         Rows of X are such images, flattened; the field is convolutional.
     field : callable, optional
-        ``field(n_dims)`` returns an ``nn.Module`` that maps t ``(n, 1)`` and the state ``(n, n_dims)`` to its derivative;
-        for ``order=2`` it is given positions and velocities ``(n, 2 n_dims)`` and returns accelerations. A class or a
-        module-level function pickles. An instance is refused, since clones would share it.
+        ``field(n_dims)`` returns an ``nn.Module`` that maps t ``(n, 1)`` and the state ``(n, n_dims)`` to its
+        derivative; for ``order=2`` it is given positions and velocities ``(n, 2 n_dims)`` and returns accelerations.
+        A class or a module-level function pickles. An instance is refused, since clones would share it.
     energy_penalty : float, default=0
         Weight of the mean kinetic energy of the path in the loss.
     error_penalty : float, default=1
@@ -60,9 +60,9 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         from exploiting the coarse steps of training, so that predictions do not depend on the tolerance. 1 is what was
         found to cost no accuracy; 0 switches it off. Adaptive methods and ``gradient="discrete"`` only.
     method : str, default="auto"
-        Solver, see :func:`skode.solver.solve`. "auto" goes by ``rtol``: from 1e-3 on "adaptive_midpoint" in training and
-        "bosh3" in predictions, from 1e-5 on "bosh3" and "tsit5", below that "tsit5" for both. Acts on predictions after
-        the fit without a refit, like the next four.
+        Solver, see :func:`skode.solver.solve`. "auto" goes by ``rtol``: from 1e-3 on "adaptive_midpoint" in training
+        and "bosh3" in predictions, from 1e-5 on "bosh3" and "tsit5", below that "tsit5" for both. Acts on predictions
+        after the fit without a refit, like the next four.
     rtol, atol : float, default=1e-2, 1e-3
         Tolerances of a step.
     step_size : float, optional
@@ -142,7 +142,7 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
     >>> coarse = model.set_params(rtol=0.1).predict_proba(X_test)  # cheaper, without a refit
     """
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
         **BaseODENet._parameter_constraints,
         "class_weight": [dict, StrOptions({"balanced"}), None],
     }
@@ -259,7 +259,8 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
             self.classes_ = present
             if len(present) < 2:
                 raise ValueError(
-                    f"ODENetClassifier needs samples of at least 2 classes, but the data contains only one class: {present[0]!r}"
+                    f"ODENetClassifier needs samples of at least 2 classes, but the data contains only one class: "
+                    f"{present[0]!r}"
                 )
         unknown = np.setdiff1d(present, self.classes_)
         if len(unknown):
@@ -270,7 +271,8 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
     def _row_weights(self, y: NDArray[Any], sample_weight: NDArray[Any]) -> NDArray[Any]:
         if self.class_weight is None:
             return sample_weight
-        return sample_weight * compute_sample_weight(self.class_weight, y)
+        weights: NDArray[Any] = sample_weight * compute_sample_weight(self.class_weight, y)
+        return weights
 
     def _folds(self, X: NDArray[Any], target: NDArray[Any], n_folds: int, seed: int) -> NDArray[Any]:
         # Classes with fewer rows than folds stay out of the stratification (it would only warn or refuse).
@@ -306,7 +308,8 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         ndarray of shape (n_samples, n_classes)
         """
         with np.errstate(divide="ignore"):
-            return np.log(self.predict_proba(X))
+            logarithms: NDArray[Any] = np.log(self.predict_proba(X))
+        return logarithms
 
     def predict_proba(self, X: Any) -> NDArray[Any]:
         """Probabilities of the classes, the members' mean.
@@ -341,4 +344,5 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         ndarray of shape (n_samples,)
         """
         probabilities = self.predict_proba(X)
-        return self.classes_[probabilities.argmax(axis=1)]
+        labels: NDArray[Any] = self.classes_[probabilities.argmax(axis=1)]
+        return labels

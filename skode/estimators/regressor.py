@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.base import RegressorMixin, _fit_context
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils import Tags
 
 from skode.estimators.base import BaseODENet, unchanged_on_failure
 from skode.training import Regression
@@ -27,8 +28,8 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
     activation : {"tanh", "softplus", "silu", "logistic", "identity", "relu"}, default="tanh"
         Of the field's hidden layers. Smooth ones need fewer steps than "relu".
     n_members : int or "auto", default="auto"
-        Independent networks whose outputs are averaged; they are trained and solved together, as one model. 1 is the
-        paper's network. "auto": 8, or 1 with ``image_shape`` or ``field``.
+        Independent networks whose outputs are averaged; they are trained and solved together, as one model. 1 is
+        the paper's network. "auto": 8, or 1 with ``image_shape`` or ``field``.
     input_encoding : {"auto", "standard", "piecewise"}, default="auto"
         What the networks read: standardised columns, or columns encoded piecewise linearly between quantiles, which
         helps with thresholds. "auto": the latter for half of the members, on up to 200 columns.
@@ -44,9 +45,9 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
     image_shape : (channels, height, width), optional
         Rows of X are such images, flattened; the field is convolutional.
     field : callable, optional
-        ``field(n_dims)`` returns an ``nn.Module`` that maps t ``(n, 1)`` and the state ``(n, n_dims)`` to its derivative;
-        for ``order=2`` it is given positions and velocities ``(n, 2 n_dims)`` and returns accelerations. A class or a
-        module-level function pickles. An instance is refused, since clones would share it.
+        ``field(n_dims)`` returns an ``nn.Module`` that maps t ``(n, 1)`` and the state ``(n, n_dims)`` to its
+        derivative; for ``order=2`` it is given positions and velocities ``(n, 2 n_dims)`` and returns accelerations.
+        A class or a module-level function pickles. An instance is refused, since clones would share it.
     energy_penalty : float, default=0
         Weight of the mean kinetic energy of the path in the loss.
     error_penalty : float, default=1
@@ -54,9 +55,9 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         from exploiting the coarse steps of training, so that predictions do not depend on the tolerance. 1 is what was
         found to cost no accuracy; 0 switches it off. Adaptive methods and ``gradient="discrete"`` only.
     method : str, default="auto"
-        Solver, see :func:`skode.solver.solve`. "auto" goes by ``rtol``: from 1e-3 on "adaptive_midpoint" in training and
-        "bosh3" in predictions, from 1e-5 on "bosh3" and "tsit5", below that "tsit5" for both. Acts on predictions after
-        the fit without a refit, like the next four.
+        Solver, see :func:`skode.solver.solve`. "auto" goes by ``rtol``: from 1e-3 on "adaptive_midpoint" in training
+        and "bosh3" in predictions, from 1e-5 on "bosh3" and "tsit5", below that "tsit5" for both. Acts on predictions
+        after the fit without a refit, like the next four.
     rtol, atol : float, default=1e-2, 1e-3
         Tolerances of a step.
     step_size : float, optional
@@ -229,6 +230,11 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         with unchanged_on_failure(self):
             return self._partial_fit(X, y, sample_weight)
 
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
     def _task(self) -> Regression:
         return Regression()
 
@@ -261,5 +267,5 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
             If the solve fails for some row.
         """
         outputs = self._outputs(X).mean(axis=0, dtype=np.float64) * self._target_scale + self._target_mean
-        predictions = outputs.astype(self.dtype_)
+        predictions: NDArray[Any] = outputs.astype(self.dtype_)
         return predictions[:, 0] if self._one_dimensional else predictions

@@ -80,4 +80,4 @@ def draw_convolution(layer: nn.Module, generator: torch.Generator) -> None:
     bound = (3.0 / weight[0].numel()) ** 0.5
     with torch.no_grad():
         weight.copy_(torch.rand(weight.shape, generator=generator, dtype=torch.float64) * 2 * bound - bound)
-        layer.bias.zero_()  # type: ignore[operator, union-attr]
+        layer.bias.zero_()  # type: ignore[operator]

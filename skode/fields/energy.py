@@ -57,4 +57,3 @@ class EnergyDynamics:
     @staticmethod
     def _with_energy(f: Tensor) -> Tensor:
         return torch.cat([f, f.square().mean(dim=1, keepdim=True)], dim=1)
-

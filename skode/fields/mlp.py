@@ -112,9 +112,7 @@ class MLPField(nn.Module):
         sizes = [n_dims, *hidden_layer_sizes, n_dims if n_outputs is None else n_outputs]
         if min(sizes) < 1:
             raise ValueError(f"every layer needs at least one unit; got sizes {sizes}.")
-        self.layers = nn.ModuleList(
-            _Layer(n_in, n_out, n_members, time_dependent) for n_in, n_out in pairwise(sizes)
-        )
+        self.layers = nn.ModuleList(_Layer(n_in, n_out, n_members, time_dependent) for n_in, n_out in pairwise(sizes))
         if generator is None:
             generator = torch.Generator()
             generator.seed()
@@ -123,7 +121,7 @@ class MLPField(nn.Module):
     def draw(self, generator: torch.Generator) -> None:
         """Draw all parameters anew."""
         for i, layer in enumerate(self.layers):
-            layer.draw(generator, first=i == 0)
+            layer.draw(generator, first=i == 0)  # type: ignore[operator]
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         """Value at times ``t (n, 1)`` and states ``y (n, d)``."""
@@ -218,7 +216,7 @@ class MLPField(nn.Module):
         if not self.time_dependent:
             return total
         for delta, layer in zip(tape.deltas, self.layers, strict=True):
-            column: Tensor = layer.weight[..., -1:]  # type: ignore[index, assignment]
+            column: Tensor = layer.weight[..., -1:]  # type: ignore[index]
             total = total + (delta @ column).reshape(n_rows, 1)
         return total
 

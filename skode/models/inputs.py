@@ -43,9 +43,7 @@ class Encoding:
     high: NDArray[Any]
 
     @classmethod
-    def fit(
-        cls, Z: NDArray[Any], weights: NDArray[Any], n_bins: int, *, unit_variance: bool
-    ) -> Encoding:
+    def fit(cls, Z: NDArray[Any], weights: NDArray[Any], n_bins: int, *, unit_variance: bool) -> Encoding:
         """Place the bins between weighted quantiles of the standardised rows ``Z``.
 
         A unit rises from 0 to 1 across its bin; the outermost ones go on for one more width. Units are centred, and
@@ -114,7 +112,7 @@ class InputLayer(nn.Module):
 
     @staticmethod
     def clip(z: Tensor) -> Tensor:
-        """z / sqrt(1 + (z / 3)^2): the identity for usual values, bounded by 3 for any."""
+        """Z / sqrt(1 + (z / 3)^2): the identity for usual values, bounded by 3 for any."""
         # hypot does not overflow where the square of an outlier would.
         return z / torch.hypot(z.new_ones(()), z / CLIP)
 

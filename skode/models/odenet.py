@@ -86,7 +86,7 @@ class ODENet(nn.Module):
         encoded = config.n_bins if config.n_encoded else 0
         self.inputs = InputLayer(config.n_features, encoded)
         self.start: nn.Module = _make_start(config, generator)
-        self.n_dims = self.start.n_dims * config.order  # type: ignore[operator]
+        self.n_dims: int = int(self.start.n_dims) * config.order  # type: ignore[arg-type]
         self.fields = nn.ModuleList(_make_fields(config, self.start, self.n_dims, generator))
         self.head = MemberLinear(config.n_members, self.n_dims, config.n_outputs, generator)
 
@@ -162,9 +162,7 @@ class ODENet(nn.Module):
     def solve_rows(self, X: Tensor, options: SolverOptions, times: Tensor | list[float] | None = None) -> Solution:
         """Solve with every row's own steps, from X to the states at ``times`` (the ends by default)."""
         times = [0.0, self.config.t1] if times is None else times
-        return self.solve(
-            self.dynamics(), self.initial_state(X), times, options, "row", first_step=self.config.t1
-        )
+        return self.solve(self.dynamics(), self.initial_state(X), times, options, "row", first_step=self.config.t1)
 
     def solve(
         self,
@@ -197,8 +195,7 @@ class ODENet(nn.Module):
         """The ODE block's right-hand side for all members."""
         n_outputs = self.n_dims // self.config.order
         members = [
-            as_dynamics(f) if isinstance(f, Dynamics) else AutogradDynamics(f, n_outputs=n_outputs)
-            for f in self.fields
+            as_dynamics(f) if isinstance(f, Dynamics) else AutogradDynamics(f, n_outputs=n_outputs) for f in self.fields
         ]
         joined = members[0] if len(members) == 1 else MemberDynamics(members)
         return SecondOrderDynamics(joined) if self.config.order == 2 else joined
@@ -209,7 +206,7 @@ class ODENet(nn.Module):
         """Views of the parameters that belong to one member alone."""
         stacked = [*self.start.member_parameters(member), self.head.weight[member], self.head.bias[member]]  # type: ignore[operator]
         if len(self.fields) == self.config.n_members and self.config.n_members > 1:
-            own = list(self.fields[member].parameters())
+            own: list[Tensor] = list(self.fields[member].parameters())
         elif isinstance(self.fields[0], MLPField):
             own = [parameter[member] for parameter in self.fields[0].parameters()]
         else:
@@ -218,7 +215,8 @@ class ODENet(nn.Module):
 
     def weights_and_biases(self) -> tuple[list[Tensor], list[Tensor]]:
         """Parameters that the L2 penalty acts on, and the others."""
-        weights, biases = [], []
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
         for name, parameter in self.named_parameters():
             (biases if name.rpartition(".")[2] == "bias" else weights).append(parameter)
         return weights, biases
@@ -327,9 +325,7 @@ def _make_start(config: ODENetConfig, generator: torch.Generator) -> nn.Module:
 # --- the dynamics ---------------------------------------------------------------------------------------------------
 
 
-def _make_fields(
-    config: ODENetConfig, start: nn.Module, n_dims: int, generator: torch.Generator
-) -> list[nn.Module]:
+def _make_fields(config: ODENetConfig, start: nn.Module, n_dims: int, generator: torch.Generator) -> list[nn.Module]:
     if config.field is not None:
         return [_users_field(config.field, int(start.n_dims), generator) for _ in range(config.n_members)]  # type: ignore[arg-type]
     if config.image_shape is not None:

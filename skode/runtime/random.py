@@ -44,7 +44,7 @@ class _OwnRandomness(TorchDispatchMode):
     """Gives every random torch operation of this thread a generator of ours."""
 
     def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._generator = generator
 
     def __torch_dispatch__(
@@ -70,9 +70,7 @@ def _with_generator(func: Any) -> Callable[..., Any]:
     for name in ("generator", f"generator_{own}", f"{own}_generator"):
         if name in packet.overloads() and (own == "") == (name == "generator"):
             return getattr(packet, name)  # type: ignore[no-any-return]
-    raise RuntimeError(
-        f"{func} draws random numbers but takes no generator; initialise with torch.nn.init instead."
-    )
+    raise RuntimeError(f"{func} draws random numbers but takes no generator; initialise with torch.nn.init instead.")
 
 
 @contextmanager

@@ -46,8 +46,10 @@ class BatchControl:
 
 
 class Verdict(NamedTuple):
-    """A judged step: the state to go on from, the step that counts (0 where a row stays), all finite?, and each
-    component's error in units of the tolerance with that unit."""
+    """A judged step: the state to go on from, the step that counts (0 where a row stays), whether all is finite.
+
+    ``ratio`` is each component's error in units of the tolerance, ``unit`` that unit.
+    """
 
     y: Tensor
     f: Tensor | None
@@ -59,7 +61,7 @@ class Verdict(NamedTuple):
 
 
 def error_unit(y: Tensor, y1: Tensor, tolerance: Tolerance) -> Tensor:
-    """atol + rtol max(abs(y), abs(y1)), shape (n, d)."""
+    """Atol + rtol max(abs(y), abs(y1)), shape (n, d)."""
     return torch.maximum(y.abs(), y1.abs()).mul_(tolerance.rtol).add_(tolerance.atol)
 
 
@@ -72,8 +74,11 @@ def row_norm(ratio: Tensor) -> Tensor:
 
 
 class _Tables(NamedTuple):
-    """Step factors over quantised errors: float32 round-off in an error must not reach the step (it would be
-    amplified to 4e-2 in a first step), so a step depends on the error's bucket alone."""
+    """Step factors over quantised errors.
+
+    Float32 round-off in an error must not reach the step (a first step would amplify it to 4e-2), so a step depends on
+    the error's bucket alone.
+    """
 
     edges: Tensor
     proportional: Tensor
@@ -236,9 +241,16 @@ class RowControl:
 
     def stats(self, y: Tensor) -> Stats:
         """What each row did, and at which time it stopped."""
-        columns = (self._status, self._evals, self._steps, self._rejected, self.t)
         next_step = float(self.h.mean()) if self._status.numel() else 0.0
-        return Stats(*(column.view(-1) for column in columns), next_step, self._success)
+        return Stats(
+            self._status.view(-1),
+            self._evals.view(-1),
+            self._steps.view(-1),
+            self._rejected.view(-1),
+            self.t.view(-1),
+            next_step,
+            self._success,
+        )
 
 
 # --- one step size for the batch --------------------------------------------------------------------------------
@@ -374,13 +386,19 @@ class SharedControl:
         if success and not bool(torch.isfinite(y.sum())):
             status.masked_fill_(~torch.isfinite(y).all(dim=1), Status.NON_FINITE)
             success = not bool(status.any())
-        counts = (self._n_evals, self._n_steps, self._n_rejected)
-        reached = column(self.t, time_dtype_of(device))
-        return Stats(status, *(column(count, torch.int64) for count in counts), reached, self._proposal(), success)
+        return Stats(
+            status,
+            column(self._n_evals, torch.int64),
+            column(self._n_steps, torch.int64),
+            column(self._n_rejected, torch.int64),
+            column(self.t, time_dtype_of(device)),
+            self._proposal(),
+            success,
+        )
 
     def _proposal(self) -> float:
         """The longest step that the last one's error would have allowed."""
-        return self._last_step * (SAFETY / max(self._last_error, 1e-10)) ** (1 / max(self._order, 1))
+        return float(self._last_step * (SAFETY / max(self._last_error, 1e-10)) ** (1 / max(self._order, 1)))
 
 
 Control = RowControl | SharedControl

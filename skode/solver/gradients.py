@@ -295,7 +295,7 @@ class _Sweep:
         self._note_edges(step, (1 - c) * dt, c * dt)
 
     def _note_output_times(self, step: Step, group: _Interior) -> None:
-        """theta = (t_out - t) / h moves with the output time, and with the ends of the first and last step."""
+        """Theta = (t_out - t) / h moves with the output time, and with the ends of the first and last step."""
         assert step.K is not None and self.time_gradient is not None
         h = torch.as_tensor(step.h, dtype=step.y.dtype, device=step.y.device).expand(len(step.y), 1)
         slope = torch.einsum("es,sed,ed->e", self.dense.slopes(group.theta), step.K[:, group.rows], group.g)
@@ -406,9 +406,7 @@ class AdjointGradient:
             )
         return end
 
-    def _time_gradient(
-        self, problem: Problem, run: Run, times: Tensor, y: Tensor, g: Tensor, a: Tensor
-    ) -> Tensor:
+    def _time_gradient(self, problem: Problem, run: Run, times: Tensor, y: Tensor, g: Tensor, a: Tensor) -> Tensor:
         """dL/dt_i = g_i f(t_i, y_i), and dL/dt_0 = -a_0 f(t_0, y_0) but for the output at t_0 itself."""
         columns = []
         for i in range(times.shape[1]):

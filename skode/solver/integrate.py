@@ -99,11 +99,12 @@ def integrate(dynamics: Dynamics, scheme: Scheme, y: Tensor, control: Control, r
     -------
     End
     """
-    f, tape = _evaluate(dynamics, control.start_time(), y, recorder)
-    control.begin(dynamics, y, f)
+    start, tape = _evaluate(dynamics, control.start_time(), y, recorder)
+    control.begin(dynamics, y, start)
+    f: Tensor | None = start
     while control.running:
         span = control.propose()
-        if f is None or recorder.wants_tapes and tape is None:
+        if f is None or (recorder.wants_tapes and tape is None):
             f, tape = _evaluate(dynamics, span.times[0], y, recorder)
         attempt = attempt_step(dynamics, scheme, y, f, span, tape)
         verdict = control.judge(y, f, span, attempt)

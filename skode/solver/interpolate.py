@@ -16,8 +16,10 @@ from skode.solver.step import Scheme, Span
 
 
 class Step(NamedTuple):
-    """A recorded step: where from (``y``), what was tried, the ``h`` that counted; stages, tapes and the derivative of
-    the squared error with the error if they are kept."""
+    """A recorded step: where from (``y``), what was tried, the ``h`` that counted.
+
+    Kept on demand: stacked increments, tapes, and the derivative of the squared error with the error.
+    """
 
     y: Tensor
     span: Span
@@ -76,7 +78,7 @@ class DenseOutput:
 
     @cached_property
     def _increments(self) -> Tensor:
-        return torch.stack([step.K for step in self.steps])  # type: ignore[arg-type]
+        return torch.stack([step.K for step in self.steps if step.K is not None])
 
     @property
     def _sign(self) -> Tensor:
@@ -100,7 +102,7 @@ class DenseOutput:
         return torch.stack([theta**k for k in range(1, p.shape[1] + 1)], dim=-1).to(p.dtype) @ p.t()
 
     def slopes(self, theta: Tensor) -> Tensor:
-        """d beta_i / d theta, shape (..., n_stages)."""
+        """D beta_i / d theta, shape (..., n_stages)."""
         p = self.scheme.p
         return torch.stack([k * theta ** (k - 1) for k in range(1, p.shape[1] + 1)], dim=-1).to(p.dtype) @ p.t()
 

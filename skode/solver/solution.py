@@ -38,8 +38,10 @@ _MESSAGES = {
 
 
 class Stats(NamedTuple):
-    """Per-row columns of shape (n,): status, counts, the time that was reached; then the step that would come next, and
-    whether all rows succeeded."""
+    """Per-row columns of shape (n,): status, counts, the time that was reached.
+
+    ``next_step`` is the step that would come next, ``success`` whether all rows succeeded.
+    """
 
     status: Tensor
     n_evals: Tensor

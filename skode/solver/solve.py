@@ -55,8 +55,8 @@ def solve(
         Output times, the first one y0's: shared, or each row's own; ascending or descending (rows may differ), equal
         neighbours allowed, NaN-padded at the end for rows with fewer times.
     method : str, default="tsit5"
-        Adaptive: "tsit5", "dopri5", "bosh3", "rk32", "fehlberg2", "adaptive_heun", "adaptive_midpoint". Fixed steps: "euler", "midpoint", "heun",
-        "rk4" (classic), "rk4_38" (the 3/8 rule).
+        Adaptive: "tsit5", "dopri5", "bosh3", "rk32", "fehlberg2", "adaptive_heun", "adaptive_midpoint". Fixed steps:
+        "euler", "midpoint", "heun", "rk4" (classic), "rk4_38" (the 3/8 rule).
     rtol, atol : float
         A step is accepted if the root mean square of error / (atol + rtol abs(y)) is at most 1.
     gradient : {"discrete", "adjoint"}, default="discrete"
@@ -133,7 +133,9 @@ def solve(
     runs: list[Run] = []
     parameters = problem.dynamics.trainable()
     if torch.is_grad_enabled() and any(x.requires_grad for x in (y0, times, *parameters)):
-        y, error = _Solve.apply(problem, strategy, dense, runs, y0, times, *parameters)
+        y, error = _Solve.apply(  # type: ignore[no-untyped-call]
+            problem, strategy, dense, runs, y0, times, *parameters
+        )
     else:
         recorder: Recorder = NoRecord()
         if dense or error_estimate:
@@ -213,7 +215,7 @@ class _Solve(torch.autograd.Function):
         return run.y, run.error
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor, g_error: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
         gradients = ctx.strategy.backward(ctx.problem, ctx.run, g.contiguous(), g_error, ctx.needs_input_grad[5])
@@ -242,7 +244,9 @@ def _tolerance(rtol: float, atol: float, max_num_steps: int, first_step: float |
 
 def _fixed(tolerance: Tolerance, step_size: float | None, times: Tensor) -> Tolerance:
     if step_size is None:
-        longest = (times.detach().nan_to_num(nan=-math.inf).amax(1) - times.detach().nan_to_num(nan=math.inf).amin(1)).amax()
+        longest = (
+            times.detach().nan_to_num(nan=-math.inf).amax(1) - times.detach().nan_to_num(nan=math.inf).amin(1)
+        ).amax()
         step_size = max(float(longest) / 10, torch.finfo(times.dtype).tiny)
     if not (math.isfinite(step_size) and step_size > 0):
         raise ValueError(f"step_size={step_size} must be positive and finite.")

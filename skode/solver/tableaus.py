@@ -55,9 +55,7 @@ class Tableau:
         for k in range(1, self.order + 1):
             self._require(abs(weights @ nodes ** (k - 1) - 1 / k) < 1e-12, f"quadrature order {k}")
         if self.e is not None:
-            self._require(
-                len(self.e) == len(self.b) and abs(sum(self.e)) < 1e-12, "error weights that add up to 0"
-            )
+            self._require(len(self.e) == len(self.b) and abs(sum(self.e)) < 1e-12, "error weights that add up to 0")
         if self.p is not None:
             self._require(
                 np.allclose(np.sum(self.p, axis=1), self.b, rtol=0, atol=1e-12),
@@ -233,7 +231,20 @@ DOPRI5 = Tableau(
 
 METHODS: dict[str, Tableau] = {
     tableau.name: tableau
-    for tableau in (EULER, MIDPOINT, HEUN, RK4, RK4_38, ADAPTIVE_HEUN, ADAPTIVE_MIDPOINT, FEHLBERG2, RK32, BOSH3, TSIT5, DOPRI5)
+    for tableau in (
+        EULER,
+        MIDPOINT,
+        HEUN,
+        RK4,
+        RK4_38,
+        ADAPTIVE_HEUN,
+        ADAPTIVE_MIDPOINT,
+        FEHLBERG2,
+        RK32,
+        BOSH3,
+        TSIT5,
+        DOPRI5,
+    )
 }
 
 
@@ -248,6 +259,4 @@ def get_tableau(method: str) -> Tableau:
     try:
         return METHODS[method]
     except (KeyError, TypeError):
-        raise ValueError(
-            f"method={method!r} is unknown; use one of {', '.join(map(repr, METHODS))}."
-        ) from None
+        raise ValueError(f"method={method!r} is unknown; use one of {', '.join(map(repr, METHODS))}.") from None

@@ -227,7 +227,8 @@ class _Run:
     def _warn_if_falling(self) -> None:
         curve = self.history.loss_curve
         window = max(1, len(curve) // 10)
-        if not self.options.decay or self.validation is not None and self.validation.last_improvement < len(curve) - 1:
+        settled = self.validation is not None and self.validation.last_improvement < len(curve) - 1
+        if not self.options.decay or settled:
             return
         if len(curve) == 1 or curve[-1 - window] - curve[-1] > window * self.options.tol:
             warnings.warn(
@@ -313,4 +314,3 @@ class _Adam:
                 "exp_avg": torch.from_numpy(mean.copy()).to(parameter),
                 "exp_avg_sq": torch.from_numpy(square.copy()).to(parameter),
             }
-
