@@ -596,7 +596,7 @@ def _checked_image(image_shape: Any, n_features: int) -> tuple[int, int, int]:
         raise ValueError(f"image_shape={image_shape!r} must be (channels, height, width).")
     if np.prod(shape) != n_features:
         raise ValueError(f"image_shape={shape} has {np.prod(shape)} pixels, but X has {n_features} columns.")
-    return shape  # type: ignore[return-value]
+    return shape
 
 
 def _checked_times(t: Any, t1: float) -> list[float]:
