@@ -47,7 +47,12 @@ LARGEST_ENCODED_WIDTH = 200  # columns; beyond, "auto" leaves the piecewise-line
 QUANTILE_ROWS = 20_000  # enough to place eight bins
 N_UPDATES = 300  # epochs of small data, if not given, make at least so many updates
 # "auto" methods by tolerance: the first whose rtol is reached, with (training, prediction).
-AUTO_METHODS = ((1e-3, "adaptive_midpoint", "bosh3"), (1e-5, "bosh3", "tsit5"), (0.0, "tsit5", "tsit5"))
+AUTO_METHODS = (
+    (2e-2, "adaptive_midpoint", "bosh3"),
+    (1e-3, "adaptive_midpoint", "tsit5"),
+    (1e-5, "bosh3", "tsit5"),
+    (0.0, "tsit5", "tsit5"),
+)
 
 
 class Slack(NamedTuple):
