@@ -146,8 +146,10 @@ def scaling_table(name: str, sizes: list[Size], reference: Size, rounds: int, th
         return median(run[key] / other[key] for run, other in zip(runs[size], runs[reference], strict=False))
 
     print(f"\n### {name}; ratios to {reference[0]:,} rows, {reference[1]} columns, {reference[2]} classes\n")
-    print("| rows | columns | classes | epoch us/row | ratio | evals/row | predict us/row | ratio | evals/row | set-up s "
-          "| X MB | peak MB beyond X: fit | fit and predict | runs |")  # fmt: skip
+    print(
+        "| rows | columns | classes | epoch us/row | ratio | evals/row | predict us/row | ratio | evals/row | set-up s "
+        "| X MB | peak MB beyond X: fit | fit and predict | runs |"
+    )
     print("|---" * 14 + "|")
     for size in sizes:
         peak_fit, peak = (max(run[key] for run in runs[size]) for key in ("fit_mb", "mb"))

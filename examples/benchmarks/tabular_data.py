@@ -64,7 +64,7 @@ def _r(
     if more:
         frame = pd.concat([frame, data(package, more)], ignore_index=True)
     if keep:
-        frame = frame[keep.split() + [target]]
+        frame = frame[[*keep.split(), target]]
     return _finish(frame.drop(columns=["rownames", *drop.split()], errors="ignore"), target, kind, log)
 
 
@@ -88,9 +88,7 @@ def _river_csv(name: str, target: str, drop: str = "") -> Table:
 
 
 def _banana() -> Table:
-    rows = [
-        line.replace(":", " ").split() for line in _river("banana.zip").decode().splitlines() if line.strip()
-    ]
+    rows = [line.replace(":", " ").split() for line in _river("banana.zip").decode().splitlines() if line.strip()]
     values = np.array([[float(r[0]), float(r[2]), float(r[4])] for r in rows])
     return _finish(pd.DataFrame(values, columns=["y", "a", "b"]), "y", "classification")
 
@@ -102,9 +100,7 @@ def _yeast() -> Table:
     return _finish(features.assign(y=frame["Class1"]), "y", "classification")
 
 
-def _statsmodels(
-    name: str, target: str, kind: str = "classification", drop: str = "", positive: bool = False
-) -> Table:
+def _statsmodels(name: str, target: str, kind: str = "classification", drop: str = "", positive: bool = False) -> Table:
     import statsmodels.api as sm
 
     frame = getattr(sm.datasets, name).load_pandas().data.drop(columns=drop.split())
@@ -242,8 +238,4 @@ if __name__ == "__main__":
         for name, load in table.items():
             X, y = load()
             print(f"  {name:16s} {len(X):5d} x {X.shape[1]:3d}", end="")
-            print(
-                f"  {len(np.unique(y))} classes, min {np.bincount(y).min()}"
-                if task == "classification"
-                else ""
-            )
+            print(f"  {len(np.unique(y))} classes, min {np.bincount(y).min()}" if task == "classification" else "")

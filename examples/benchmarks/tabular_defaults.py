@@ -49,9 +49,7 @@ def make_model(name: str, task: str, seed: int) -> Any:
     if name == OURS:
         import skode
 
-        return (skode.ODENetClassifier if task == "classification" else skode.ODENetRegressor)(
-            random_state=seed
-        )
+        return (skode.ODENetClassifier if task == "classification" else skode.ODENetRegressor)(random_state=seed)
     if name == "RealMLP-TD-S":
         from pytabkit import RealMLP_TD_S_Classifier, RealMLP_TD_S_Regressor
 
@@ -127,9 +125,7 @@ def run_set(
             result = evaluate(model, task, X[test], y[test])
             result |= {"seconds": seconds, "reference_seconds": reference}
             if model_name == OURS:
-                result |= tolerance_gap(
-                    model, task, X[test], float(np.std(y[train])) if task == "regression" else 1.0
-                )
+                result |= tolerance_gap(model, task, X[test], float(np.std(y[train])) if task == "regression" else 1.0)
             cache[key(model_name)] = result
 
 
@@ -139,10 +135,7 @@ def report(task: str, names: list[str], models: list[str], splits: int, cache: d
 
     def table(field: str) -> np.ndarray:
         return np.array(
-            [
-                [np.mean([cache[f"{task}/{n}/{s}/{m}"][field] for s in range(splits)]) for m in models]
-                for n in names
-            ]
+            [[np.mean([cache[f"{task}/{n}/{s}/{m}"][field] for s in range(splits)]) for m in models] for n in names]
         )
 
     a, b = table(first), table(second)
@@ -154,9 +147,7 @@ def report(task: str, names: list[str], models: list[str], splits: int, cache: d
         print(f"| {name} | {' | '.join(cells)} |")
     ranks_a = np.array([rankdata(-np.round(row, 9)) for row in a])
     ranks_b = np.array([rankdata(np.round(row, 9)) for row in b])
-    relative = np.exp(
-        np.mean(np.log(np.maximum(b, 1e-12) / np.maximum(b.min(axis=1, keepdims=True), 1e-12)), axis=0)
-    )
+    relative = np.exp(np.mean(np.log(np.maximum(b, 1e-12) / np.maximum(b.min(axis=1, keepdims=True), 1e-12)), axis=0))
     j_ref = models.index(REFERENCE) if REFERENCE in models else None
     print(
         f"\n| model | mean rank, {first} | mean rank, {second} | mean {first} "
@@ -175,16 +166,11 @@ def report(task: str, names: list[str], models: list[str], splits: int, cache: d
         )
     best_peer = np.delete(a, [models.index(OURS)], axis=1).max(axis=1) if OURS in models else a.max(axis=1)
     if task == "classification":
-        print(
-            f"\nSets on which the best peer errs above 2 %: {int(np.sum(best_peer < 0.98))} of {len(names)}"
-        )
+        print(f"\nSets on which the best peer errs above 2 %: {int(np.sum(best_peer < 0.98))} of {len(names)}")
     if OURS in models:
         gaps = np.array(
             [
-                [
-                    max(cache[f"{task}/{n}/{s}/{OURS}"][f] for s in range(splits))
-                    for f in ("gap_max", "gap_99")
-                ]
+                [max(cache[f"{task}/{n}/{s}/{OURS}"][f] for s in range(splits)) for f in ("gap_max", "gap_99")]
                 for n in names
             ]
         )
