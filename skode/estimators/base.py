@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from numbers import Integral, Real
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
@@ -15,15 +14,18 @@ import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, _fit_context
 from sklearn.model_selection import KFold
-from sklearn.preprocessing import StandardScaler
-from sklearn.utils import gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
+from skode.estimators.checks import checked_image, checked_times, fold_numbers, unchanged_on_failure
+from skode.estimators.fitted import FittedNet
+from skode.estimators.methods import AUTO_METHODS, SLACK, USUAL_SLACK, Slack
+from skode.estimators.scaling import input_scale
+from skode.estimators.table import Table
 from skode.exceptions import SolverError
 from skode.fields import ACTIVATIONS
-from skode.models import Encoding, InputScale, ODENet, ODENetConfig, SolverOptions
+from skode.models import ODENet, ODENetConfig, SolverOptions
 from skode.models.blocks import block_size, blocks
 from skode.runtime import (
     as_array,
@@ -38,52 +40,13 @@ from skode.runtime import (
 from skode.runtime.device import check_dtype_on_device
 from skode.solver import METHODS, Solution
 from skode.solver.gradients import STRATEGIES
-from skode.training import Epoch, History, TrainingOptions, TrainingRows, train
+from skode.training import History, TrainingOptions, TrainingRows, train
 from skode.training.tasks import Task
 
 EARLY_STOPPING_ROWS = 100  # "auto": held-out rows decide from here on
 N_BINS = 8
 LARGEST_ENCODED_WIDTH = 200  # columns; beyond, "auto" leaves the piecewise-linear encoding out
-QUANTILE_ROWS = 20_000  # enough to place eight bins
 N_UPDATES = 300  # epochs of small data, if not given, make at least so many updates
-# "auto" methods by tolerance: the first whose rtol is reached, with (training, prediction).
-AUTO_METHODS = (
-    (2e-2, "adaptive_midpoint", "bosh3"),
-    (1e-3, "adaptive_midpoint", "tsit5"),
-    (1e-5, "bosh3", "tsit5"),
-    (0.0, "tsit5", "tsit5"),
-)
-
-
-class Slack(NamedTuple):
-    """A training solve's estimated error may be so many tolerances, and the penalty on its square has this weight.
-
-    Steps are coarse while the dynamics are still wild, and the penalty leads to dynamics that a single step solves in
-    the end. Euler's estimate in the midpoint method is of lower order, hence larger for the same error.
-    """
-
-    tolerances: float
-    weight: float
-
-
-SLACK = {"adaptive_midpoint": Slack(100.0, 3e-4), "adaptive_heun": Slack(100.0, 3e-4)}
-USUAL_SLACK = Slack(10.0, 3e-3)
-
-
-@dataclass(frozen=True)
-class FittedNet:
-    """What a fit leaves behind: a configuration and NumPy arrays, nothing of torch."""
-
-    config: ODENetConfig
-    arrays: dict[str, NDArray[Any]]
-    gradient: str
-    moments: tuple[NDArray[Any], ...] = ()
-
-    def build(self, dtype: torch.dtype, device: torch.device) -> ODENet:
-        """The torch module on a device."""
-        model = ODENet(self.config, torch.Generator().manual_seed(0)).to(dtype)
-        model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in self.arrays.items()})
-        return model.to(device)
 
 
 class BaseODENet(BaseEstimator):
@@ -283,7 +246,7 @@ class BaseODENet(BaseEstimator):
             self._training_options(rows, incremental),
             torch_generator(seeds[2]),
             moments=None if kept is None else list(kept),
-            report=_Table(rows.folds is not None) if self.verbose else None,
+            report=Table(rows.folds is not None) if self.verbose else None,
         )
         self._keep(model, history, fresh or not incremental)
 
@@ -300,12 +263,12 @@ class BaseODENet(BaseEstimator):
             return self._net.build(torch_dtype(self.dtype_), device)
         config = self._config(X.shape[1], n_outputs)
         model = ODENet(config, torch_generator(seed)).to(torch_dtype(self.dtype_))
-        model.inputs.set(_input_scale(X, sample_weight, config, self._unit_variance))
+        model.inputs.set(input_scale(X, sample_weight, config, self._unit_variance))
         return model.to(device)
 
     def _config(self, n_features: int, n_outputs: int) -> ODENetConfig:
         sizes = self._layer_sizes()
-        image = None if self.image_shape is None else _checked_image(self.image_shape, n_features)
+        image = None if self.image_shape is None else checked_image(self.image_shape, n_features)
         own = image is not None or self.field is not None
         if isinstance(self.field, torch.nn.Module):
             raise TypeError(
@@ -532,7 +495,7 @@ class BaseODENet(BaseEstimator):
         config = model.config
         if not 0 <= member < config.n_members:
             raise ValueError(f"member={member} does not exist; there are members 0 to {config.n_members - 1}.")
-        times = _checked_times(t, config.t1)
+        times = checked_times(t, config.t1)
         path = np.empty((len(rows), len(times), model.n_dims), dtype=self.dtype_)
         for place, solution in self._solutions(model, rows, [0.0, *times, config.t1]):
             self._require_success(solution, place, config.n_members)
@@ -540,82 +503,3 @@ class BaseODENet(BaseEstimator):
             own = solution.y[member * size : member * size + place.stop - place.start]
             path[place] = own[:, 1:-1].cpu().numpy()
         return path
-
-
-class _Table:
-    """Prints a line an epoch."""
-
-    def __init__(self, validated: bool) -> None:
-        self._validated = validated
-        score = "  validation" if validated else ""
-        print(f"{'epoch':>6}{'loss':>12}{score}{'evals/row':>11}{'seconds':>9}")
-
-    def __call__(self, epoch: Epoch) -> None:
-        score = f"{'' if epoch.validation_score is None else format(epoch.validation_score, '.4f'):>12}"
-        shown = score if self._validated else ""
-        print(f"{epoch.number:>6}{epoch.loss:>12.5f}{shown}{epoch.n_evals:>11.1f}{epoch.seconds:>9.1f}")
-
-
-@contextmanager
-def unchanged_on_failure(estimator: BaseEstimator) -> Iterator[None]:
-    """Put all attributes back if the block raises."""
-    before = dict(vars(estimator))
-    try:
-        yield
-    except BaseException:
-        vars(estimator).clear()
-        vars(estimator).update(before)
-        raise
-
-
-def _input_scale(X: NDArray[Any], sample_weight: NDArray[Any], config: ODENetConfig, unit_variance: bool) -> InputScale:
-    """Weighted means, scales and quantiles of the columns; one mean and scale for all pixels of an image."""
-    scaler = StandardScaler(copy=False)
-    if config.image_shape is not None:
-        return _pixel_scale(X, sample_weight)
-    for rows in gen_batches(len(X), 2**16):
-        scaler.partial_fit(X[rows], sample_weight=sample_weight[rows])
-    mean, scale = np.asarray(scaler.mean_, np.float64), np.asarray(scaler.scale_, np.float64)
-    if not (np.isfinite(mean).all() and np.isfinite(scale).all()):
-        column = int(np.flatnonzero(~(np.isfinite(mean) & np.isfinite(scale)))[0])
-        raise ValueError(f"column {column} of X is too large to be standardised; rescale it.")
-    encoding = None
-    if config.n_encoded:
-        part = slice(None, None, max(1, len(X) // QUANTILE_ROWS))
-        Z = (np.asarray(X[part], np.float64) - mean) / scale
-        encoding = Encoding.fit(Z, sample_weight[part], config.n_bins, unit_variance=unit_variance)
-    return InputScale(mean, scale, encoding)
-
-
-def _pixel_scale(X: NDArray[Any], sample_weight: NDArray[Any]) -> InputScale:
-    share = sample_weight / sample_weight.sum()
-    mean = float(share @ X.mean(axis=1, dtype=np.float64))
-    variance = float(share @ X.var(axis=1, dtype=np.float64)) + float(share @ (X.mean(axis=1) - mean) ** 2)
-    n_features = X.shape[1]
-    return InputScale(np.full(n_features, mean), np.full(n_features, np.sqrt(variance) or 1.0))
-
-
-def _checked_image(image_shape: Any, n_features: int) -> tuple[int, int, int]:
-    shape = tuple(int(size) for size in image_shape)
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"image_shape={image_shape!r} must be (channels, height, width).")
-    if np.prod(shape) != n_features:
-        raise ValueError(f"image_shape={shape} has {np.prod(shape)} pixels, but X has {n_features} columns.")
-    return shape
-
-
-def _checked_times(t: Any, t1: float) -> list[float]:
-    times = np.atleast_1d(np.asarray(as_array(t), dtype=np.float64))
-    if times.ndim != 1 or not np.isfinite(times).all() or (np.diff(times) < 0).any():
-        raise ValueError("t must be finite, ascending and one-dimensional.")
-    if times.size == 0 or times[0] < 0 or times[-1] > t1:
-        raise ValueError(f"t must lie in [0, {t1:g}]; got {times.tolist() or 'no time'}.")
-    return [float(time) for time in times]
-
-
-def fold_numbers(splits: Any, n_rows: int) -> NDArray[Any]:
-    """The test fold of every row."""
-    folds = np.empty(n_rows, dtype=np.int64)
-    for fold, (_, rows) in enumerate(splits):
-        folds[rows] = fold
-    return folds

@@ -15,7 +15,8 @@ from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.extmath import softmax
 from sklearn.utils.multiclass import _check_partial_fit_first_call, check_classification_targets
 
-from skode.estimators.base import BaseODENet, fold_numbers, unchanged_on_failure
+from skode.estimators.base import BaseODENet
+from skode.estimators.checks import fold_numbers, unchanged_on_failure
 from skode.training import Classification
 
 

@@ -12,7 +12,8 @@ from sklearn.base import RegressorMixin, _fit_context
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import Tags
 
-from skode.estimators.base import BaseODENet, unchanged_on_failure
+from skode.estimators.base import BaseODENet
+from skode.estimators.checks import unchanged_on_failure
 from skode.training import Regression
 
 

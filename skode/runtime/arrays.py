@@ -43,7 +43,7 @@ def to_tensor(array: np.ndarray[Any, Any], dtype: torch.dtype, device: torch.dev
     contiguous = np.ascontiguousarray(array)
     if not contiguous.flags.writeable:
         contiguous = contiguous.copy()
-    return torch.from_numpy(contiguous).to(device=device, dtype=dtype)
+    return torch.from_numpy(contiguous).to(dtype).to(device)  # in this order: MPS has no float64
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -258,7 +258,7 @@ def _times(t: Any, y0: Tensor) -> Tensor:
     times = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
     if not times.is_floating_point():
         times = times.to(torch.float64)
-    times = times.to(device=y0.device, dtype=time_dtype_of(y0.device))
+    times = times.to(time_dtype_of(y0.device)).to(y0.device)
     if times.dim() == 1:
         times = times.expand(len(y0), -1)
     if times.dim() != 2 or len(times) != len(y0) or times.shape[1] == 0:

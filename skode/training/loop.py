@@ -169,7 +169,7 @@ class _Run:
         self._warn_if_falling()
 
     def _epoch(self, epoch: int) -> None:
-        total, n_evals = torch.zeros((), dtype=torch.float64, device=self.rows.X.device), 0.0
+        total, n_evals = torch.zeros((), dtype=self.rows.X.dtype, device=self.rows.X.device), 0.0
         n = 0
         for n, batch in enumerate(self.rows.batches(self.options.batch_size, self.generator), start=1):
             progress = (epoch + (n - 1) / self._n_batches) / self.options.max_iter

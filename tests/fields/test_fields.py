@@ -41,13 +41,13 @@ def times_for(kind: str, n: int) -> Tensor:
 def sequential(field: MLPField, activation: str, t: Tensor, y: Tensor) -> Tensor:
     """A plain re-implementation of a field without members."""
     x, layers = y, list(field.parameters())
-    for i, (weight, bias) in enumerate(zip(layers[::2], layers[1::2], strict=True)):
+    for i, (weight, bias) in enumerate(zip(layers[::2], layers[1::2], strict=True), start=1):
         linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
         linear.load_state_dict({"weight": weight, "bias": bias})
         if field.time_dependent:
             x = torch.cat([x, t.expand(len(x), 1)], dim=1)
-        x = linear(x if i == 0 else x)
-        if 2 * i + 2 < len(layers):
+        x = linear(x)
+        if 2 * i < len(layers):
             x = TORCH_ACTIVATIONS[activation]()(x)
     return x
 
@@ -59,31 +59,29 @@ def assert_derivatives_are_autograds(dynamics: Dynamics, t: Tensor, y: Tensor) -
     shares: list[Tensor | float] = [torch.rand(len(y), 1, generator=generator, dtype=y.dtype), -0.7]
     tapes, expected = [], [torch.zeros_like(p) for p in parameters]
     plain = [torch.zeros_like(p) for p in parameters]
-    for k, share in enumerate(shares):
-        own_t, own_y = (t + 0 * k).detach(), y + 0.1 * k
-        moving_t, moving_y = own_t.clone().requires_grad_(), own_y.detach().clone().requires_grad_()
+    for share in shares:
+        moving_t, moving_y = t.clone().requires_grad_(), y.clone().requires_grad_()
         value = dynamics(moving_t, moving_y)
         a = torch.randn(value.shape, generator=generator, dtype=y.dtype)
-        seen, tape = dynamics.linearize(own_t if k else t, own_y)
-        torch.testing.assert_close(seen, value.detach(), rtol=1e-13, atol=1e-13)
-        assert not seen.requires_grad or not y.requires_grad
-        assert tape.nbytes >= 0
-        dy, dt = dynamics.pull(tape, a, time=True)
         inputs = [moving_y, moving_t, *parameters]
-        by_autograd = torch.autograd.grad(
-            value, inputs, a, retain_graph=True, materialize_grads=True, allow_unused=True
+        by_autograd, weighted = (
+            torch.autograd.grad(value, inputs, cotangent, retain_graph=True, materialize_grads=True, allow_unused=True)
+            for cotangent in (a, a * share)
         )
-        torch.testing.assert_close(dy, by_autograd[0], rtol=1e-11, atol=1e-12)
-        assert dt is not None
-        torch.testing.assert_close(dt, by_autograd[1], rtol=1e-11, atol=1e-12)
-        assert dynamics.pull(tape, a)[1] is None
-        weighted = torch.autograd.grad(
-            value, [moving_y, *parameters], a * share, materialize_grads=True, allow_unused=True
-        )
-        expected = [total + g for total, g in zip(expected, weighted[1:], strict=True)]
+        with torch.no_grad():
+            seen, tape = dynamics.linearize(t, y)
+            dy, dt = dynamics.pull(tape, a, time=True)
+            assert dynamics.pull(tape, a)[1] is None
+        assert tape.nbytes >= 0 and dt is not None
+        for found, wanted in ((seen, value.detach()), (dy, by_autograd[0]), (dt, by_autograd[1])):
+            torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
+        expected = [total + g for total, g in zip(expected, weighted[2:], strict=True)]
         plain = [total + g for total, g in zip(plain, by_autograd[2:], strict=True)]
         tapes.append(tape)
-    for found, wanted in ((dynamics.accumulate(tapes, shares), expected), (dynamics.accumulate(tapes), plain)):
+        t, y = t + 0.3, y + 0.1
+    with torch.no_grad():
+        sums = dynamics.accumulate(tapes, shares), dynamics.accumulate(tapes)
+    for found, wanted in zip(sums, (expected, plain), strict=True):
         assert len(found) == len(parameters)
         for own, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(own, other, rtol=1e-11, atol=1e-12)
