@@ -8,7 +8,8 @@ ODENetClassifier runs with its defaults on made data (a Gaussian cloud a class).
 - ratio: the same over that of the table's reference size, the median over rounds in which all sizes take turns;
 - memory: the largest ``ru_maxrss`` after fit and prediction, less what it was when X and y had been made.
 
-Every measurement is a fresh process with ``--threads`` threads. The last table is a grid search of 4 candidates and
+Every measurement is a fresh process with one thread; seconds are the processor's (``time.process_time``), which other
+work on the machine disturbs least. The last table is a grid search of 4 candidates and
 3 folds on scikit-learn's digits: a single process with all threads (torch's default) and with one thread, and two
 processes (joblib gives each one its share of the cores).
 
@@ -71,7 +72,7 @@ class LineTimes(io.StringIO):
     def write(self, text: str) -> int:
         """Take text, note the time if it ends a line."""
         if "\n" in text:
-            self.times.append(time.perf_counter())
+            self.times.append(time.process_time())
         return len(text)
 
 
@@ -88,15 +89,15 @@ def measure(size: Size) -> dict[str, float]:
     ODENetClassifier(max_iter=1, random_state=0).fit(X[:200], y[:200] % 2).predict_proba(X[:200])  # wakes torch
     lines = LineTimes()
     model = ODENetClassifier(max_iter=2, random_state=0, verbose=True)
-    start = time.perf_counter()
+    start = time.process_time()
     with contextlib.redirect_stdout(lines):
         model.fit(X, y)
-    whole = time.perf_counter() - start
+    whole = time.process_time() - start
     after_fit = peak_mb() - base
     evals = model.n_evals_
-    start = time.perf_counter()
+    start = time.process_time()
     model.predict_proba(X)
-    predict = time.perf_counter() - start
+    predict = time.process_time() - start
     epoch = (lines.times[-1] - lines.times[0]) / (len(lines.times) - 1)
     return {
         "epoch": epoch / len(X),
@@ -130,13 +131,13 @@ def in_child(task: str, *arguments: int, threads: int | None) -> dict[str, float
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def scaling_table(name: str, sizes: list[Size], reference: Size, rounds: int, threads: int) -> None:
+def scaling_table(name: str, sizes: list[Size], reference: Size, rounds: int) -> None:
     """Measure all sizes in turn, and print."""
     runs: dict[Size, list[dict[str, float]]] = {size: [] for size in sizes}
     for i in range(rounds):
         for size in sizes:
             if size[0] < LARGE or i < max(1, rounds // 3):
-                runs[size].append(in_child("measure", *size, threads=threads))
+                runs[size].append(in_child("measure", *size, threads=1))
                 print(f"{name} {size} round {i + 1}: {runs[size][-1]}", file=sys.stderr)
 
     def middle(size: Size, key: str) -> float:
@@ -187,7 +188,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="at most 10,000 rows and 100 columns, one round")
     parser.add_argument("--only", nargs="+", choices=[*TABLES, "search"], default=[*TABLES, "search"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -205,7 +205,7 @@ def main() -> None:
         sizes, reference = TABLES[name]
         if options.quick:
             sizes = [size for size in sizes if size[0] <= 10**4 and size[1] <= 100]
-        scaling_table(name, sizes, reference, rounds, options.threads)
+        scaling_table(name, sizes, reference, rounds)
 
 
 if __name__ == "__main__":

@@ -260,7 +260,7 @@ class BaseODENet(BaseEstimator):
         device: torch.device,
     ) -> ODENet:
         if not fresh:
-            return self._net.build(torch_dtype(self.dtype_), device)
+            return self._net.build(torch_dtype(self.dtype_), device).train()
         config = self._config(X.shape[1], n_outputs)
         model = ODENet(config, torch_generator(seed)).to(torch_dtype(self.dtype_))
         model.inputs.set(input_scale(X, sample_weight, config, self._unit_variance))

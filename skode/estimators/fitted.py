@@ -21,7 +21,7 @@ class FittedNet:
     moments: tuple[NDArray[Any], ...] = ()
 
     def build(self, dtype: torch.dtype, device: torch.device) -> ODENet:
-        """The torch module on a device."""
+        """The torch module on a device, in evaluation mode."""
         model = ODENet(self.config, torch.Generator().manual_seed(0)).to(dtype)
         model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in self.arrays.items()})
-        return model.to(device)
+        return model.to(device).eval()
