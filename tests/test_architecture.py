@@ -76,9 +76,7 @@ def room_of(file: Path, package: Path) -> str:
     return Path(file.relative_to(package).parts[0]).stem
 
 
-def import_statements(
-    node: ast.AST, runs_on_import: bool = True
-) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+def import_statements(node: ast.AST, runs_on_import: bool = True) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import | ast.ImportFrom):
             yield child, runs_on_import
@@ -131,8 +129,7 @@ def rooms_without_a_floor(package: Path) -> list[str]:
 
 def imports_up_a_floor(package: Path) -> list[str]:
     return [
-        f"{found.place}: `{found.room}` must not import `{'.'.join(found.target)}`, "
-        "which is not on a floor below it"
+        f"{found.place}: `{found.room}` must not import `{'.'.join(found.target)}`, which is not on a floor below it"
         for found in imports_of(package)
         if found.room in ROOMS and found.is_internal and not may_import(found.room, found.target_room)
     ]
@@ -276,9 +273,7 @@ def test_relative_imports_of_nested_folders_and_of_init_files_are_resolved(tmp_p
     package = made_up(tmp_path)
     nested = package / "solver" / "gradients"
     nested.mkdir(parents=True)
-    (package / "solver" / "__init__.py").write_text(
-        "from .gradients import discrete\nfrom ..models import block"
-    )
+    (package / "solver" / "__init__.py").write_text("from .gradients import discrete\nfrom ..models import block")
     (nested / "__init__.py").write_text("from ..step import step\nfrom ...fields import MLPField")
     assert [complaint.split(":")[:2] for complaint in imports_up_a_floor(package)] == [
         [str(Path("skode", "solver", "__init__.py")), "2"],

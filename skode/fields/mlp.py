@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from skode.exceptions import FieldError
 from skode.fields.activations import get_activation
 from skode.solver.dynamics import Weight
 
@@ -125,7 +126,7 @@ class MLPField(nn.Module):
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         """Value at times ``t (n, 1)`` and states ``y (n, d)``."""
-        x, last = self._grouped(y), len(self.layers) - 1
+        x, last = self._taken(y), len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             x = self._affine(layer, t, x)
             if i < last:
@@ -134,7 +135,7 @@ class MLPField(nn.Module):
 
     def linearize(self, t: Tensor, y: Tensor) -> tuple[Tensor, _Tape]:
         """Value, and a tape for :meth:`pull`."""
-        x, last = self._grouped(y), len(self.layers) - 1
+        x, last = self._taken(y), len(self.layers) - 1
         inputs, saved = [], []
         for i, layer in enumerate(self.layers):
             inputs.append(x)
@@ -205,6 +206,15 @@ class MLPField(nn.Module):
 
     def _grouped(self, y: Tensor) -> Tensor:
         return y if self.n_members is None else y.view(self.n_members, -1, y.shape[-1])
+
+    def _taken(self, y: Tensor) -> Tensor:
+        weight: Tensor = self.layers[0].weight  # type: ignore[assignment]
+        if y.shape[-1] != self.n_dims or y.dtype != weight.dtype:
+            raise FieldError(
+                f"the network takes states of {self.n_dims} components in {weight.dtype}; got {y.shape[-1]} in "
+                f"{y.dtype}."
+            )
+        return self._grouped(y)
 
     def _weighted(self, delta: Tensor, weight: Weight) -> Tensor:
         if isinstance(weight, Tensor):

@@ -43,13 +43,13 @@ def resolve_device(device: str | torch.device, dtype: Any = "auto") -> torch.dev
         raise DeviceError(
             f"device={device!r} is not a torch device; use 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ..."
         ) from error
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (resolved.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
+    n_devices = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
     }
-    if not available.get(resolved.type, _can_allocate(resolved)):
-        present = [name for name, here in available.items() if here]
+    if (resolved.index or 0) >= n_devices.get(resolved.type, int(_can_allocate(resolved))):
+        present = [name for name, count in n_devices.items() if count]
         raise DeviceError(
             f"device={device!r} is not available on this machine (available: {', '.join(present)}); "
             "use device='auto' to take the best one present."

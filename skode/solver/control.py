@@ -128,6 +128,7 @@ class RowControl:
         self.sign = torch.sign(self.t1 - self.t)
         self.tolerance, self.scheme = tolerance, scheme
         self.dtype = scheme.b.dtype
+        self._late = 1 - scheme.c.to(t0.dtype)
         self._order = scheme.tableau.error_order
         self._tables = _tables(max(self._order, 1), self.dtype, device)
         self._active = self.sign != 0
@@ -167,9 +168,11 @@ class RowControl:
         small = torch.minimum(d0, d1) < 1e-5
         bucket = torch.bucketize((d0 / d1).nan_to_num(0.0), tables.edges).clamp(max=tables.n - 2)
         guess = torch.where(small, 1e-6, 0.01 * tables.edges[bucket].to(self.t.dtype))
-        guess = torch.minimum(guess, (self.t1 - self.t).abs()) * self._active
+        length = (self.t1 - self.t).abs()
+        guess = torch.minimum(guess, length) * self._active
         h = (guess * self.sign).to(self.dtype)
-        probe = dynamics((self.t + guess * self.sign).to(self.dtype), torch.addcmul(y, h, f))
+        t = torch.where(guess == length, self.t1, self.t + guess * self.sign)
+        probe = dynamics(t.to(self.dtype), torch.addcmul(y, h, f))
         self._evals += self._active
         d2 = row_norm((probe - f) / unit) / guess.to(self.dtype)
         steepest = torch.bucketize(torch.fmax(d1, d2).nan_to_num(0.0), tables.edges)
@@ -178,13 +181,14 @@ class RowControl:
 
     def propose(self) -> Span:
         remaining = (self.t1 - self.t).abs()
-        self._last = self.h >= remaining
+        # A step that all but arrives goes the whole way: no sliver is left by round-off.
+        self._last = self.h >= remaining * (1 - 1e-9)
         step = torch.where(self._last, remaining, self.h) * self.sign * self._active
         self._try = step.abs()
         t_next = torch.where(self._last & self._active, self.t1, self.t + step)
-        h = step.to(self.dtype)
-        times = t_next.to(self.dtype) - h * (1 - self.scheme.c)
-        return Span(self.t, t_next, h, (self.t.to(self.dtype), *times[1:].unbind(0)))
+        # Rounded last, so that no stage leaves the step.
+        times = (t_next - step * self._late).to(self.dtype)
+        return Span(self.t, t_next, step.to(self.dtype), (self.t.to(self.dtype), *times[1:].unbind(0)))
 
     def judge(self, y: Tensor, f: Tensor, span: Span, attempt: Attempt) -> Verdict:
         tables, active = self._tables, self._active
@@ -205,14 +209,16 @@ class RowControl:
         self._next_step(bucket, accept)
         self._retire(accept, finite)
         self.t = torch.where(accept, span.t_next, self.t)
-        flags = torch.stack([self._active.any(), (finite | ~active).all(), (self._status == 0).all()]).tolist()
+        flags = torch.stack(
+            [self._active.any(), (finite | ~active).all(), (self._status == 0).all(), accept.any()]
+        ).tolist()
         self.running = flags[0]
         new_f = None if attempt.f1 is None else torch.where(accept, attempt.f1, f)
         self._success = flags[2]
         new_y = torch.where(accept, attempt.y1, y)
         if parts is not None:
             parts = torch.where(accept, parts, 0.0)
-        return Verdict(new_y, new_f, span.h * accept, True, flags[1], parts, unit)
+        return Verdict(new_y, new_f, span.h * accept, flags[3], flags[1], parts, unit)
 
     def _next_step(self, bucket: Tensor, accept: Tensor) -> None:
         if self.tolerance.step_size is not None:
@@ -286,7 +292,7 @@ class SharedControl:
         self._n_evals, self._n_steps, self._n_rejected, self._status = 0, 0, 0, Status.SUCCESS
         self._error, self._was_rejected = 1.0, False
         self._last_step, self._last_error = abs(t1 - t0), SAFETY
-        self._late = 1 - scheme.c
+        self._late = 1 - scheme.c.to(time_dtype_of(scheme.c.device))
         self._evals_a_step = scheme.tableau.n_stages - 1  # the first stage is known when the first step begins
         self.running = t0 != t1
 
@@ -298,6 +304,8 @@ class SharedControl:
         """Choose the first step that is to be tried, given the field ``f`` at the start."""
         self._n_evals += 1
         length = abs(self.t1 - self.t)
+        if not length:
+            return
         given = self.tolerance.step_size or self.tolerance.first_step
         self.h = min(length, self._first_step(dynamics, y, f, length) if given is None else given)
 
@@ -315,7 +323,8 @@ class SharedControl:
         if not math.isfinite(d0 + d1):
             return length
         guess = min(1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1, length)
-        probe = dynamics(self._time(self.t + self.sign * guess), y + self.sign * guess * f)
+        t = self.t1 if guess == length else self.t + self.sign * guess
+        probe = dynamics(self._time(t), y + self.sign * guess * f)
         self._n_evals += 1
         steepest = max(d1, self._norm((probe - f) / unit) / guess)
         bound = max(1e-6, guess * 1e-3) if steepest <= 1e-15 else (0.01 / steepest) ** (1 / max(self._order, 1))
@@ -329,7 +338,7 @@ class SharedControl:
             # The last two steps share what is left, so that none of them is a sliver.
             h = remaining / 2 if self._adapts and 2 * self.h > abs(remaining) else self.sign * self.h
             t_next = self.t + h
-        times = (t_next - h * self._late).expand(-1, self.n_rows, 1).unbind(0)
+        times = (t_next - h * self._late).to(self.scheme.b.dtype).expand(-1, self.n_rows, 1).unbind(0)
         return Span(self.t, t_next, h, (self._time(self.t), *times[1:]))
 
     @property
@@ -348,6 +357,9 @@ class SharedControl:
             self._next_step(abs(span.h), error, accepted)
         if not accepted:
             self._n_rejected += 1
+            self._evals_a_step = self.scheme.tableau.n_stages - 1  # the first stage is known
+            if self._n_steps + self._n_rejected >= self.tolerance.max_num_steps:
+                self._stop(Status.MAX_STEPS)
             if self.h <= 4 * torch.finfo(torch.float64).eps * max(abs(self.t), abs(self.t1)):
                 self._stop(Status.STEP_UNDERFLOW if math.isfinite(error) else Status.NON_FINITE)
             return Verdict(y, f, 0.0, False, math.isfinite(error))

@@ -51,7 +51,9 @@ class Gradients(NamedTuple):
 
 
 class GradientStrategy(Protocol):
-    """A way to differentiate a solve."""
+    """A way to differentiate a solve; ``keeps_steps`` tells whether its backward needs the forward's steps."""
+
+    keeps_steps: bool
 
     def recorder(self, problem: Problem, keep_stages: bool) -> Recorder:
         """What the forward solve has to keep: stages too where outputs are interpolated or times differentiated."""
@@ -62,18 +64,25 @@ class GradientStrategy(Protocol):
         ...
 
 
-def relinearize(dynamics: Dynamics, scheme: Scheme, step: Step) -> list[Any]:
-    """Tapes at the stages of a step as it counted: rows that stayed (h = 0) are linearised where they stand."""
-    start = step.span.times[0]
-    f, tape = dynamics.linearize(start, step.y)
+def relinearize(dynamics: Dynamics, scheme: Scheme, step: Step, idle: Tensor | None = None) -> list[Any]:
+    """Tapes at the stages of a step as it counted: rows that stayed (h = 0) are linearised where they stand.
+
+    Rows that are ``idle`` (arrived or failed for good) ask for nothing; a row that moves stands in for them, since
+    the field need not be finite where they stand.
+    """
+    start, y = step.span.times[0], step.y
+    if idle is not None:
+        moving = torch.argmax((step.h != 0).to(torch.int8))
+        y, start = torch.where(idle, y[moving], y), torch.where(idle, start[moving], start)
+    f, tape = dynamics.linearize(start, y)
     tapes = [tape]
-    stages = make_stages(scheme, step.y, step.h)
+    stages = make_stages(scheme, y, step.h)
     for i in range(1, scheme.tableau.n_stages):
         stages.add(f)
         time = step.span.times[i]
         if isinstance(step.h, Tensor):
             time = torch.where(step.h == 0, start, time)
-        f, tape = dynamics.linearize(time, stages.combine(step.y, i - 1))
+        f, tape = dynamics.linearize(time, stages.combine(y, i - 1))
         tapes.append(tape)
     return tapes
 
@@ -95,13 +104,15 @@ class DiscreteGradient:
     differentiated, and the cost does not depend on the number of output times.
     """
 
+    keeps_steps = True
+
     def recorder(self, problem: Problem, keep_stages: bool) -> Recorder:
         return Record(keep_stages=keep_stages, tape_budget=problem.tape_budget, keep_errors=problem.keep_errors)
 
     def backward(self, problem: Problem, run: Run, g: Tensor, g_error: Tensor, time: bool) -> Gradients:
         dense = run.dense
         assert dense is not None
-        sweep = _Sweep(problem, dense, run.times if time else None, g_error.unsqueeze(1))
+        sweep = _Sweep(problem, dense, run.times if time else None, g_error.unsqueeze(1), _dead(run))
         if not dense.steps:
             return Gradients(torch.nan_to_num(g).sum(dim=1), sweep.time_gradient, sweep.parameter_gradients())
         if run.times.shape[1] == 2:
@@ -138,7 +149,9 @@ def _grouped(dense: DenseOutput, run: Run, g: Tensor) -> Iterator[_Interior | No
 class _Sweep:
     """One way back through the steps, each evaluation of the field pulled exactly once."""
 
-    def __init__(self, problem: Problem, dense: DenseOutput, times: Tensor | None, g_error: Tensor) -> None:
+    def __init__(
+        self, problem: Problem, dense: DenseOutput, times: Tensor | None, g_error: Tensor, dead: Tensor | None
+    ) -> None:
         self._g_error = g_error
         self.dynamics, self.scheme, self.dense = problem.dynamics, problem.scheme, dense
         self._time = times is not None
@@ -151,6 +164,8 @@ class _Sweep:
         self._pulled: list[Any] = []
         self._parameters: tuple[Tensor, ...] | None = None
         self._carried: Tensor | None = None
+        self._moved: Tensor | None = None
+        self._dead = dead
         self._first_tape: Any | None = None
         tableau = self.scheme.tableau
         n = tableau.n_stages
@@ -158,7 +173,11 @@ class _Sweep:
 
     def through(self, step: Step, lam: Tensor, group: _Interior | None) -> Tensor:
         """The cotangent of the step's start, given that of its end."""
-        tapes = step.tapes if step.tapes is not None else relinearize(self.dynamics, self.scheme, step)
+        idle = None
+        if isinstance(step.h, Tensor):
+            self._moved = step.h != 0 if self._moved is None else self._moved | (step.h != 0)
+            idle = None if self._dead is None else self._dead & ~self._moved
+        tapes = step.tapes if step.tapes is not None else relinearize(self.dynamics, self.scheme, step, idle)
         direct, injected = None, None
         if group is not None:
             lam, direct, injected = self._inject(step, lam, group)
@@ -304,10 +323,13 @@ class _Sweep:
         own = torch.where(carried, 0.0, slope).to(self.time_gradient.dtype)
         self.time_gradient.index_put_((group.rows, group.columns), own, accumulate=True)
         inner = slope * ~group.at_end
+        # Outputs at t1 before the last one stay where they are when t1 moves on.
+        ends = group.at_end & self._edges(step)[1][group.rows, 0]
+        held = inner + slope * (ends & (group.columns != self._last[group.rows]))
         theta = group.theta.to(slope.dtype)
         zeros = slope.new_zeros((len(step.y), 1))
         first = zeros.index_add(0, group.rows, (inner * (theta - 1)).unsqueeze(1))
-        last = zeros.index_add(0, group.rows, (-inner * theta).unsqueeze(1))
+        last = zeros.index_add(0, group.rows, (-held * theta).unsqueeze(1))
         self._note_edges(step, first, last)
 
     def finish_times(self) -> Tensor | None:
@@ -367,21 +389,32 @@ class AdjointGradient:
     Exact only up to the tolerance, and unreliable where the flow contracts strongly (its reverse expands).
     """
 
+    keeps_steps = False
+
     def recorder(self, problem: Problem, keep_stages: bool) -> Recorder:
         return Record(keep_stages=True) if keep_stages else NoRecord()
 
     def backward(self, problem: Problem, run: Run, g: Tensor, g_error: Tensor, time: bool) -> Gradients:
         lost = torch.isnan(run.y)
         g = torch.where(lost, 0.0, g)
-        y = torch.where(lost, 0.0, run.y)
-        ok = (~lost.any(dim=2)).to(run.times.dtype)
-        times = _without_gaps(run.times, ok)
+        last = _last_reached(run.times, ~lost.any(dim=2))
+        times = run.times.gather(1, last)
+        y = run.y.gather(1, last.unsqueeze(2).expand_as(run.y)).nan_to_num(nan=0.0)
         adjoint = _AdjointDynamics(problem.dynamics)
         quadrature = _Quadrature(problem.dynamics, adjoint, problem.scheme)
         a = g[:, -1]
         for i in range(times.shape[1] - 1, 0, -1):
-            end = self._interval(problem, adjoint, quadrature, torch.cat([y[:, i], a], dim=1), times, i)
-            a = end.y[:, y.shape[2] :] + g[:, i - 1]
+            pair = times[:, i - 1 : i + 1]
+            moves = pair[:, :1] != pair[:, 1:]
+            z = torch.cat([y[:, i], a], dim=1)
+            if not run.stats.success and bool(moves.any()):
+                # The field need not be finite where a row stays for good: a row that moves stands in for it.
+                row = torch.argmax(moves.to(torch.int8))
+                z, pair = torch.where(moves, z, z[row]), torch.where(moves, pair, pair[row, 1:])
+            if bool(moves.any()):
+                end = self._interval(problem, adjoint, quadrature, z, pair)
+                a = torch.where(moves, end.y[:, y.shape[2] :], a)
+            a = a + g[:, i - 1]
         gradient = self._time_gradient(problem, run, times, y, g, a) if time else None
         return Gradients(a, gradient, quadrature.total)
 
@@ -391,10 +424,9 @@ class AdjointGradient:
         adjoint: _AdjointDynamics,
         quadrature: _Quadrature,
         z: Tensor,
-        times: Tensor,
-        i: int,
+        pair: Tensor,
     ) -> End:
-        control = problem.make_control(times[:, i], times[:, i - 1], problem.scheme)
+        control = problem.make_control(pair[:, 1], pair[:, 0], problem.scheme)
         end = integrate(adjoint, problem.scheme, z, control, quadrature)  # type: ignore[arg-type]
         failed = torch.nonzero(end.stats.status).view(-1).tolist()
         if failed:
@@ -416,11 +448,15 @@ class AdjointGradient:
         return torch.stack(columns, dim=1).to(run.times.dtype)
 
 
-def _without_gaps(times: Tensor, ok: Tensor) -> Tensor:
-    """Times that were not reached, or do not exist, repeat the last one that was."""
-    reached = torch.where(ok.bool() & ~torch.isnan(times), 1, 0)
-    index = torch.arange(times.shape[1], device=times.device) * reached
-    return times.gather(1, torch.cummax(index, dim=1).values)
+def _dead(run: Run) -> Tensor | None:
+    """Rows (n, 1) where the field or the state is not finite."""
+    return None if run.stats.success else (run.stats.status == Status.NON_FINITE).unsqueeze(1)
+
+
+def _last_reached(times: Tensor, reached: Tensor) -> Tensor:
+    """For each output the last one, itself included, that exists and was reached."""
+    index = torch.arange(times.shape[1], device=times.device) * (reached & ~torch.isnan(times))
+    return torch.cummax(index, dim=1).values
 
 
 STRATEGIES: dict[str, GradientStrategy] = {"discrete": DiscreteGradient(), "adjoint": AdjointGradient()}

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from skode.exceptions import FieldError
 from skode.solver.control import Control, Verdict
 from skode.solver.dynamics import Dynamics
 from skode.solver.interpolate import Step
@@ -74,7 +75,7 @@ class Record:
         """Add the mean square of error / unit, and return its derivative with the error (the unit held fixed)."""
         square = ratio.square().mean(dim=1)
         self.error = square if self.error is None else self.error + square
-        return torch.div(ratio, unit).mul_(2 / ratio.shape[1])
+        return torch.where(ratio == 0, 0.0, ratio / unit).mul_(2 / ratio.shape[1])
 
 
 class End(NamedTuple):
@@ -100,6 +101,10 @@ def integrate(dynamics: Dynamics, scheme: Scheme, y: Tensor, control: Control, r
     End
     """
     start, tape = _evaluate(dynamics, control.start_time(), y, recorder)
+    if start.shape != y.shape or start.dtype != y.dtype:
+        raise FieldError(
+            f"the field returned {tuple(start.shape)} in {start.dtype} for a state {tuple(y.shape)} in {y.dtype}."
+        )
     control.begin(dynamics, y, start)
     f: Tensor | None = start
     while control.running:
@@ -111,7 +116,8 @@ def integrate(dynamics: Dynamics, scheme: Scheme, y: Tensor, control: Control, r
         if verdict.accepted:
             recorder.record(y, span, attempt, verdict)
             # Of a first-same-as-last method, the last stage is the next step's first.
-            tape = attempt.tapes[-1] if attempt.tapes is not None and scheme.tableau.fsal else None
+            handed_on = scheme.tableau.fsal and recorder.wants_tapes
+            tape = attempt.tapes[-1] if handed_on and attempt.tapes is not None else None
         y, f = verdict.y, verdict.f
     return End(y, control.stats(y))
 

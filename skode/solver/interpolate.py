@@ -113,7 +113,7 @@ class DenseOutput:
             self._require_inside(times)
         if not self.steps:
             states = self.y_end.unsqueeze(1).expand(-1, times.shape[1], -1).clone()
-            return torch.where(torch.isnan(times).unsqueeze(-1), torch.nan, states)
+            return torch.where((times == self.t0.unsqueeze(1)).unsqueeze(-1), states, torch.nan)
         places = self.locate(times)
         rows = torch.arange(len(times), device=times.device).unsqueeze(1)
         inside = torch.einsum("nqs,nqsd->nqd", self.weights(places.theta), self._increments[places.step, :, rows])

@@ -170,6 +170,8 @@ def _run(problem: Problem, recorder: Recorder, dense: bool, y0: Tensor, times: T
     if dense:
         assert record is not None
         y = record.evaluate(times)
+        if not end.stats.success:
+            y.masked_fill_(torch.isinf(y), torch.nan)
         y[:, 0] = y0
     elif times.shape[1] == 1:
         y = y0.unsqueeze(1).clone()
@@ -205,13 +207,14 @@ class _Solve(torch.autograd.Function):
         times: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        recorder = strategy.recorder(problem, dense or ctx.needs_input_grad[5])
+        recorder = strategy.recorder(problem, dense or (strategy.keeps_steps and ctx.needs_input_grad[5]))
         run = _run(problem, recorder, dense, y0.detach(), times.detach())
         runs.append(run)
         # The outputs will point to this node; the node must not point to them.
-        own = run._replace(y=run.y.detach(), error=run.error.detach())
+        steps = run.dense if strategy.keeps_steps else None
+        own = run._replace(y=run.y.detach(), error=run.error.detach(), dense=steps)
         ctx.problem, ctx.strategy, ctx.run = problem, strategy, own
-        ctx.save_for_backward(*parameters)  # so that torch notices parameters changed in place before backward
+        ctx.save_for_backward(y0, run.y, *parameters)  # so that torch notices changes in place before backward
         return run.y, run.error
 
     @staticmethod
@@ -265,7 +268,8 @@ def _times(t: Any, y0: Tensor) -> Tensor:
         raise ValueError(
             f"t must have shape (m,) or ({len(y0)}, m) for y0 of shape {tuple(y0.shape)}; got {tuple(times.shape)}."
         )
-    _check_monotone(times.detach())
+    if len(times):
+        _check_monotone(times.detach())
     return times
 
 

@@ -44,10 +44,12 @@ class Tableau:
     e: tuple[float, ...] | None = None
     error_order: int = 0
     p: tuple[tuple[float, ...], ...] | None = None
-    dense_order: int = 3
+    dense_order: int = 0
     c: tuple[float, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.p is None:
+            object.__setattr__(self, "dense_order", min(self.order, 3))
         object.__setattr__(self, "c", (0.0, *(_node(sum(row)) for row in self.a)))
         self._require(len(self.b) == len(self.a) + 1, "one solution weight a stage")
         self._require(all(len(row) == i + 1 for i, row in enumerate(self.a)), "explicit stages")

@@ -156,7 +156,7 @@ def test_discrete_gradients_reach_times_of_each_row(method: str) -> None:
 @on_all_methods
 @with_both_controls
 def test_rejected_steps_leave_no_trace_in_the_gradient(method: str, control: str) -> None:
-    options = {"rtol": 1e-3, "atol": 1e-4, "first_step": 0.9} if METHODS[method].adaptive else {"step_size": 0.1}
+    options = {"rtol": 3e-3, "atol": 1e-3, "first_step": 0.9} if METHODS[method].adaptive else {"step_size": 0.1}
     solution = assert_replayed(
         Wiggle(), random_states(3, 3), times(0.0, 0.2, 0.5), method, step_control=control, **options
     )
@@ -179,7 +179,7 @@ def reference_settings(method: str) -> tuple[dict[str, float], float]:
     tableau = METHODS[method]
     if not tableau.adaptive:
         return {"step_size": 0.02}, 10 * 0.02**tableau.order
-    tolerance = {2: 1e-5, 3: 1e-7}.get(tableau.order, 1e-10)
+    tolerance = {2: 1e-4, 3: 1e-7}.get(tableau.order, 1e-10)
     return {"rtol": tolerance, "atol": tolerance}, 300 * tolerance
 
 
@@ -223,7 +223,7 @@ def test_gradients_come_close_to_those_of_torchdiffeq(
 @pytest.mark.parametrize("method", [name for name in ADAPTIVE if METHODS[name].order >= 3])
 @pytest.mark.parametrize("t", [times(0.0, 1.0), rows((0.0, 0.3, 1.0), (1.0, 0.2, NAN), (0.5, 0.5, 0.6))])
 def test_adjoint_equals_discrete_at_tight_tolerances(method: str, t: Tensor) -> None:
-    tolerance = 1e-8 if METHODS[method].order == 3 else 1e-11
+    tolerance = 1e-7 if METHODS[method].order == 3 else 1e-11
     field, found = mlp_field(seed=1), []
     for gradient in GRADIENTS:
         inputs = [random_states(6, 3).requires_grad_(), t.clone().requires_grad_(), *field.parameters()]
@@ -364,7 +364,7 @@ def test_a_failed_row_has_no_gradient_and_leaves_that_of_the_others(bad: str, gr
     field, good = make(), random_states(11, 4).requires_grad_()
     mixed = torch.cat([good.detach()[:2], rows(state), good.detach()[2:]]).requires_grad_()
     others = [0, 1, 3, 4]
-    options = {"gradient": gradient, "max_num_steps": 200}
+    options = {"gradient": gradient, "max_num_steps": 60}
     parameters = list(field.parameters())
     alone = gradients_of(loss_of(solve(field, good, t, **options).y), [good, *parameters])
     solution = solve(field, mixed, t, **options)
@@ -392,7 +392,7 @@ def test_a_failed_row_leaves_the_gradient_of_the_others_error_estimate(bad: str)
     field, good = make(), random_states(11, 4)
     mixed = torch.cat([good[:2], rows(state), good[2:]])
     others, parameters = [0, 1, 3, 4], list(field.parameters())
-    options = {"error_estimate": True, "max_num_steps": 200}
+    options = {"error_estimate": True, "max_num_steps": 60}
     alone = solve(field, good, [0.0, 1.0], **options).error_estimate
     beside = solve(field, mixed, [0.0, 1.0], **options).error_estimate
     assert alone is not None and beside is not None

@@ -17,7 +17,7 @@ from skode.solver import solve
 def test_a_solves_record_dies_with_its_outputs(step_control, gradient):
     field = MLPField(2, (4,), generator=torch.Generator().manual_seed(0))
     solution = solve(field, torch.ones(3, 2), [0.0, 0.5, 1.0], step_control=step_control, gradient=gradient)
-    record = weakref.ref(solution.y.grad_fn.run.dense)
+    record = weakref.ref(solution.y.grad_fn.problem)
     assert record() is not None
     gc.disable()
     try:
