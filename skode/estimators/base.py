@@ -44,7 +44,6 @@ from skode.training import History, TrainingOptions, TrainingRows, train
 from skode.training.tasks import Task
 
 EARLY_STOPPING_ROWS = 100  # "auto": held-out rows decide from here on
-N_BINS = 8
 LARGEST_ENCODED_WIDTH = 200  # columns; beyond, "auto" leaves the piecewise-linear encoding out
 N_UPDATES = 300  # epochs of small data, if not given, make at least so many updates
 
@@ -262,8 +261,12 @@ class BaseODENet(BaseEstimator):
         if not fresh:
             return self._net.build(torch_dtype(self.dtype_), device).train()
         config = self._config(X.shape[1], n_outputs)
+        scale = input_scale(X, sample_weight, config, self._unit_variance)
+        n_units = 0 if scale.encoding is None else len(scale.encoding.column)
+        # Constant columns have no units; without any, every member reads the columns as they are.
+        config = replace(config, n_units=n_units, n_encoded=config.n_encoded if n_units else 0)
         model = ODENet(config, torch_generator(seed)).to(torch_dtype(self.dtype_))
-        model.inputs.set(input_scale(X, sample_weight, config, self._unit_variance))
+        model.inputs.set(scale)
         return model.to(device)
 
     def _config(self, n_features: int, n_outputs: int) -> ODENetConfig:
@@ -291,7 +294,6 @@ class BaseODENet(BaseEstimator):
             n_outputs=n_outputs,
             n_members=members,
             n_encoded=n_encoded,
-            n_bins=N_BINS,
             hidden_layer_sizes=sizes,
             activation=self.activation,
             time_dependent=bool(self.time_dependent),

@@ -11,7 +11,8 @@ from sklearn.utils import gen_batches
 
 from skode.models import Encoding, InputScale, ODENetConfig
 
-QUANTILE_ROWS = 20_000  # enough to place eight bins
+N_BINS = 8
+QUANTILE_ROWS = 20_000  # enough to place so few
 
 
 def input_scale(X: NDArray[Any], sample_weight: NDArray[Any], config: ODENetConfig, unit_variance: bool) -> InputScale:
@@ -29,7 +30,7 @@ def input_scale(X: NDArray[Any], sample_weight: NDArray[Any], config: ODENetConf
     if config.n_encoded:
         part = slice(None, None, max(1, len(X) // QUANTILE_ROWS))
         Z = (np.asarray(X[part], np.float64) - mean) / scale
-        encoding = Encoding.fit(Z, sample_weight[part], config.n_bins, unit_variance=unit_variance)
+        encoding = Encoding.fit(Z, sample_weight[part], N_BINS, unit_variance=unit_variance)
     return InputScale(mean, scale, encoding)
 
 

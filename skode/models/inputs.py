@@ -32,11 +32,12 @@ class InputScale:
 
 @dataclass(frozen=True)
 class Encoding:
-    """The piecewise-linear encoding's units, as min(max(slope z + offset, low), high) of a standardised column z.
+    """The piecewise-linear encoding's units: min(max(slope z + offset, low), high) of a standardised column z.
 
-    All arrays have shape (n_features, n_bins).
+    All arrays have shape (n_units,); ``column`` tells which column a unit reads.
     """
 
+    column: NDArray[np.int64]
     slope: NDArray[Any]
     offset: NDArray[Any]
     low: NDArray[Any]
@@ -44,13 +45,14 @@ class Encoding:
 
     @classmethod
     def fit(cls, Z: NDArray[Any], weights: NDArray[Any], n_bins: int, *, unit_variance: bool) -> Encoding:
-        """Place the bins between weighted quantiles of the standardised rows ``Z``.
+        """Place the bins between weighted quantiles of the standardised rows ``Z``; tied quantiles share one.
 
         A unit rises from 0 to 1 across its bin; the outermost ones go on for one more width. Units are centred, and
-        divided by their deviation (at least 0.05) with ``unit_variance``. A bin without width has no unit.
+        divided by their deviation (at least 0.05) with ``unit_variance``.
         """
-        columns = [_encode_column(z, weights, n_bins, unit_variance) for z in Z.T]
-        return cls(*(np.stack(part) for part in zip(*columns, strict=True)))
+        units = [_encode_column(z, weights, n_bins, unit_variance) for z in Z.T]
+        column = np.repeat(np.arange(len(units)), [len(unit[0]) for unit in units])
+        return cls(column, *(np.concatenate(part) for part in zip(*units, strict=True)))
 
 
 def _encode_column(
@@ -58,17 +60,14 @@ def _encode_column(
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
     levels = np.linspace(0, 1, n_bins + 1)
     edges = np.quantile(z, levels, weights=weights, method="inverted_cdf")
-    width = np.diff(edges)
-    real = width > 1e-9
-    slope = np.divide(1.0, width, out=np.zeros_like(width), where=real)
-    low, high = np.zeros(n_bins), real.astype(float)
-    if real.any():
-        first, last = np.flatnonzero(real)[[0, -1]]
-        low[first], high[last] = -1.0, 2.0
+    edges = edges[np.diff(edges, prepend=-np.inf) > 1e-9]
+    slope = 1 / np.diff(edges)
     offset = -edges[:-1] * slope
+    low, high = np.zeros_like(slope), np.ones_like(slope)
+    low[:1], high[-1:] = -1.0, 2.0
     units = np.clip(z[:, None] * slope + offset, low, high)
     center = np.average(units, axis=0, weights=weights)
-    factor = np.ones(n_bins)
+    factor = np.ones_like(slope)
     if unit_variance:
         deviation = np.sqrt(np.average((units - center) ** 2, axis=0, weights=weights))
         factor = 1 / np.maximum(deviation, 0.05)
@@ -84,17 +83,19 @@ class InputLayer(nn.Module):
     Parameters
     ----------
     n_features : int
-    n_bins : int
-        0 for no encoding.
+    n_units : int
+        Of the encoding; 0 for none.
     """
 
-    def __init__(self, n_features: int, n_bins: int) -> None:
+    def __init__(self, n_features: int, n_units: int) -> None:
         super().__init__()
-        self.n_bins = n_bins
+        self.n_units = n_units
         self.register_buffer("mean", torch.zeros(n_features))
         self.register_buffer("factor", torch.ones(n_features))
-        for name in _ENCODING if n_bins else ():
-            self.register_buffer(name, torch.zeros(n_features, n_bins))
+        if n_units:
+            self.register_buffer("column", torch.zeros(n_units, dtype=torch.int64))
+        for name in _ENCODING if n_units else ():
+            self.register_buffer(name, torch.zeros(n_units))
 
     @torch.no_grad()
     def set(self, scale: InputScale) -> None:
@@ -102,7 +103,7 @@ class InputLayer(nn.Module):
         buffers: dict[str, Tensor] = dict(self.named_buffers())
         buffers["mean"].copy_(torch.from_numpy(scale.mean))
         buffers["factor"].copy_(torch.from_numpy(1 / scale.scale))
-        for name in _ENCODING if self.n_bins else ():
+        for name in ("column", *_ENCODING) if self.n_units else ():
             buffers[name].copy_(torch.from_numpy(getattr(scale.encoding, name)))
 
     def standardise(self, X: Tensor) -> Tensor:
@@ -117,10 +118,10 @@ class InputLayer(nn.Module):
         return z / torch.hypot(z.new_ones(()), z / CLIP)
 
     def encode(self, z: Tensor) -> Tensor:
-        """The encoding's units, shape (..., n_features * n_bins), of standardised values."""
-        slope, offset, low, high = self._some(*_ENCODING)
-        units = torch.addcmul(offset, z.unsqueeze(-1), slope)
-        return torch.minimum(torch.maximum(units, low), high).flatten(-2)
+        """The encoding's units, shape (..., n_units), of standardised values."""
+        column, slope, offset, low, high = self._some("column", *_ENCODING)
+        units = torch.addcmul(offset, z.index_select(-1, column), slope)
+        return torch.minimum(torch.maximum(units, low), high)
 
     def _some(self, *names: str) -> list[Tensor]:
         return [getattr(self, name) for name in names]

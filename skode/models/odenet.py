@@ -34,7 +34,7 @@ class ODENetConfig:
     n_outputs: int
     n_members: int = 1
     n_encoded: int = 0
-    n_bins: int = 8
+    n_units: int = 0
     hidden_layer_sizes: tuple[int, ...] = (32,)
     activation: str = "tanh"
     time_dependent: bool = True
@@ -83,8 +83,7 @@ class ODENet(nn.Module):
     def __init__(self, config: ODENetConfig, generator: torch.Generator) -> None:
         super().__init__()
         self.config = config
-        encoded = config.n_bins if config.n_encoded else 0
-        self.inputs = InputLayer(config.n_features, encoded)
+        self.inputs = InputLayer(config.n_features, config.n_units)
         self.start: nn.Module = _make_start(config, generator)
         self.n_dims: int = int(self.start.n_dims) * config.order  # type: ignore[arg-type]
         self.fields = nn.ModuleList(_make_fields(config, self.start, self.n_dims, generator))
@@ -236,8 +235,7 @@ class Lift(nn.Module):
         self.plain = MemberLinear(self.n_plain, config.n_features, width, generator) if self.n_plain else None
         self.encoded = None
         if config.n_encoded:
-            n_units = config.n_features * config.n_bins
-            self.encoded = MemberLinear(config.n_encoded, n_units, width, generator)
+            self.encoded = MemberLinear(config.n_encoded, config.n_units, width, generator)
 
     def forward(self, inputs: InputLayer, X: Tensor) -> Tensor:
         z = inputs.standardise(X)
