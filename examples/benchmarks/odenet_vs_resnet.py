@@ -252,7 +252,8 @@ def compare(name: str, data: Data, n_seeds: int, settings: Settings) -> None:
     n_test = len(split_rows(data.y, 0).test)
     print(f"\n### {name}: {len(data.X):,} images, {n_test} of them for the test, {n_seeds} seeds\n")
     print(
-        "| | test error % | s.e. | parameters | of the blocks | evals, training | evals, test | fit CPU s | rates |"
+        f"| | test error % | s.e. | at tolerance {FINE:g} | parameters | of the blocks "
+        "| evals, training | evals, test | fit CPU s | rates |"
     )
     print("|---" * 10 + "|")
     for kind, own in chosen.items():
