@@ -422,16 +422,20 @@ class BaseODENet(BaseEstimator):
             with torch.no_grad():
                 yield rows, model.solve_rows(block, options, times)
 
-    def _outputs(self, X: Any) -> NDArray[Any]:
-        """Outputs of all members, shape (n_members, n, n_outputs)."""
+    @abstractmethod
+    def _average(self, outputs: Tensor) -> Tensor:
+        """Of all members' outputs (n_members, n, n_outputs), the prediction (n, n_outputs)."""
+
+    def _predictions(self, X: Any) -> NDArray[Any]:
+        """The members' averaged outputs, shape (n, n_outputs)."""
         model, rows = self._prepare(X)
         config = model.config
-        out = np.empty((config.n_members, len(rows), config.n_outputs), dtype=self.dtype_)
+        out = np.empty((len(rows), config.n_outputs), dtype=self.dtype_)
         for place, solution in self._solutions(model, rows):
-            n = place.stop - place.start
             self._require_success(solution, place, config.n_members)
             with torch.no_grad():
-                out[:, place] = model.read_out(solution.y[:, -1])[:, :n].cpu().numpy()
+                averaged = self._average(model.read_out(solution.y[:, -1]))
+            out[place] = averaged[: place.stop - place.start].cpu().numpy()
         return out
 
     def _require_success(self, solution: Solution, place: slice, n_members: int) -> None:

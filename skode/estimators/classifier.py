@@ -12,7 +12,6 @@ from sklearn.base import ClassifierMixin, _fit_context
 from sklearn.model_selection import StratifiedKFold
 from sklearn.utils import column_or_1d, compute_sample_weight
 from sklearn.utils._param_validation import StrOptions
-from sklearn.utils.extmath import softmax
 from sklearn.utils.multiclass import _check_partial_fit_first_call, check_classification_targets
 
 from skode.estimators.base import BaseODENet
@@ -250,6 +249,9 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
     def _task(self) -> Classification:
         return Classification()
 
+    def _average(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs.softmax(dim=-1).mean(dim=0)
+
     def _learn_targets(
         self, y: NDArray[Any], sample_weight: NDArray[Any], *, fresh: bool, incremental: bool
     ) -> tuple[NDArray[Any], int]:
@@ -328,10 +330,7 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         SolverError
             If the solve fails for some row.
         """
-        outputs = self._outputs(X)
-        members = softmax(outputs.reshape(-1, outputs.shape[2])).reshape(outputs.shape)
-        probabilities: NDArray[Any] = members.mean(axis=0)
-        return probabilities
+        return self._predictions(X)
 
     def predict(self, X: Any) -> NDArray[Any]:
         """The most probable class of each row.

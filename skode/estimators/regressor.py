@@ -239,6 +239,9 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
     def _task(self) -> Regression:
         return Regression()
 
+    def _average(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs.mean(dim=0)
+
     def _learn_targets(
         self, y: NDArray[Any], sample_weight: NDArray[Any], *, fresh: bool, incremental: bool
     ) -> tuple[NDArray[Any], int]:
@@ -267,6 +270,6 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         SolverError
             If the solve fails for some row.
         """
-        outputs = self._outputs(X).mean(axis=0, dtype=np.float64)
+        outputs = self._predictions(X).astype(np.float64)
         predictions: NDArray[Any] = outputs * self._target_scale + self._target_mean
         return predictions[:, 0] if self._one_dimensional else predictions

@@ -78,14 +78,15 @@ class TrainingRows:
             orders.append(own[: self.n_rows])
         return torch.stack(orders).to(self.X.device)
 
-    def validation(self) -> Batch:
-        """Each member's left-out rows; shorter folds are filled up with rows of weight 0."""
+    def validation(self, size: int = 1024) -> Iterator[Batch]:
+        """Each member's left-out rows in slices; shorter folds are filled up with rows of weight 0."""
         tables = self._tables(inside=True)
         longest = max(map(len, tables))
         rows = torch.stack([torch.nn.functional.pad(table, (0, longest - len(table))) for table in tables])
-        batch = self._take(rows)
         real = torch.stack([torch.arange(longest, device=rows.device) < len(table) for table in tables])
-        return batch._replace(weights=batch.weights * real)
+        for part, counted in zip(rows.split(size, dim=1), real.split(size, dim=1), strict=True):
+            batch = self._take(part)
+            yield batch._replace(weights=batch.weights * counted)
 
     def _take(self, rows: Tensor) -> Batch:
         return Batch(self.X[rows], self.target[rows], self.weights[rows])

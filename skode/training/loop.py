@@ -147,7 +147,7 @@ class _Run:
         self.generator = generator if options.shuffle else None
         self.optimizer = _Adam(model)
         self.history = History()
-        self.validation = None if rows.folds is None else _Validation(self, rows.validation())
+        self.validation = None if rows.folds is None else _Validation(self)
         self.first_step = model.config.t1
         self.n_updates = 0
         self._n_batches = max(1, round(rows.n_rows / options.batch_size))
@@ -242,12 +242,11 @@ class _Run:
 class _Validation:
     """Losses of the members on the rows that they leave out, and their best weights so far."""
 
-    def __init__(self, run: _Run, batch: Batch) -> None:
-        self._run, self._batch = run, batch
+    def __init__(self, run: _Run) -> None:
+        self._run = run
         n_members = run.model.config.n_members
         self._best = torch.full((n_members,), math.inf, dtype=torch.float64)
         self._weights: list[list[Tensor]] = [[] for _ in range(n_members)]
-        self._shares = batch.weights / batch.weights.sum(dim=1, keepdim=True)
         self.last_improvement = 0
         run.history.validation_scores = []
 
@@ -255,18 +254,25 @@ class _Validation:
     def check(self, epoch: int) -> float:
         """Validate, keep what improved, and return the score."""
         run = self._run
-        output = run.model(self._batch.X, run.solver, first_step=run.first_step, weights=self._batch.weights)
-        losses = (self._shares * run.task.loss(output.values, self._batch.target)).sum(dim=1).cpu().double()
+        parts = [self._solve(batch) for batch in run.rows.validation()]
+        loss, values, target, weights = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        losses = ((weights * loss).sum(dim=1) / weights.sum(dim=1)).cpu().double()
         if bool((losses < self._best - run.options.tol).any()):
             self.last_improvement = epoch
         for m in torch.nonzero(losses < self._best).view(-1).tolist():
             self._weights[m] = [parameter.clone() for parameter in run.model.member_parameters(m)]
             self._best[m] = losses[m]
-        score = run.task.score(output.values, self._batch.target, self._batch.weights)
+        score = run.task.score(values, target, weights)
         assert run.history.validation_scores is not None
         run.history.validation_scores.append(score)
         run.history.validation_loss = float(self._best.mean())
         return score
+
+    def _solve(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss, values, targets and weights of a slice of the left-out rows."""
+        run = self._run
+        values = run.model(batch.X, run.solver, first_step=run.first_step, weights=batch.weights).values
+        return run.task.loss(values, batch.target), values, batch.target, batch.weights
 
     @torch.no_grad()
     def restore_best(self) -> None:

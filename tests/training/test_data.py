@@ -24,7 +24,7 @@ def test_a_member_never_sees_the_fold_that_it_leaves_out_and_is_validated_on_it(
     folds = np.arange(100) % 10
     rows = _rows(100, 12, folds)
     _, seen = _epoch(rows, 30)
-    held = rows.validation()
+    (held,) = rows.validation()
     for member in range(12):
         own = set(np.flatnonzero(folds == member % 10))
         assert not own & set(seen[member].tolist())
@@ -48,5 +48,7 @@ def test_one_batch_holds_all_rows_whatever_the_seed(folds):
 
 
 def test_uneven_folds_are_filled_up_with_rows_that_weigh_nothing():
-    held = _rows(7, 2, np.array([0, 0, 0, 0, 1, 1, 1])).validation()
+    (held,) = _rows(7, 2, np.array([0, 0, 0, 0, 1, 1, 1])).validation()
     assert held.weights.sum(dim=1).tolist() == [4.0, 3.0]
+    slices = list(_rows(7, 2, np.array([0, 0, 0, 0, 1, 1, 1])).validation(3))
+    assert [batch.weights.sum(dim=1).tolist() for batch in slices] == [[3.0, 3.0], [1.0, 0.0]]
