@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -26,7 +28,7 @@ Field = Callable[[Tensor, Tensor], Tensor]
 def solve(
     field: Field,
     y0: Tensor,
-    t: Tensor | list[float] | tuple[float, ...],
+    t: Tensor | NDArray[Any] | Sequence[float],
     *,
     method: str = "tsit5",
     rtol: float = 1e-3,
@@ -51,7 +53,7 @@ def solve(
         called outside of a row's interval.
     y0 : tensor of shape (n, d)
         Initial states, float32 or float64; the solve computes in their dtype, on their device.
-    t : tensor or list of shape (m,) or (n, m)
+    t : tensor, array or list of shape (m,) or (n, m)
         Output times, the first one y0's: shared, or each row's own; ascending or descending (rows may differ), equal
         neighbours allowed, NaN-padded at the end for rows with fewer times.
     method : str, default="tsit5"
@@ -108,7 +110,8 @@ def solve(
             [0.7358]], dtype=torch.float64)
     """
     _check_state(y0)
-    tolerance = _tolerance(rtol, atol, max_num_steps, first_step)
+    # A state of 0 has an error of 0 in any unit but 0.
+    tolerance = _tolerance(rtol, atol, max_num_steps, first_step, least_atol=torch.finfo(y0.dtype).tiny)
     tableau = get_tableau(method)
     if step_size is not None and tableau.adaptive:
         raise ValueError(f"step_size={step_size} goes with fixed-step methods; {method!r} adapts its steps.")
@@ -120,7 +123,7 @@ def solve(
     if not tableau.adaptive:
         tolerance = _fixed(tolerance, step_size, times)
     strategy = STRATEGIES[gradient]
-    shared = isinstance(t, (list, tuple)) or t.dim() == 1
+    shared = times.stride(0) == 0 or (t.dim() if isinstance(t, Tensor) else np.ndim(t)) == 1
     problem = Problem(
         as_dynamics(field),
         scheme,
@@ -234,7 +237,7 @@ def _check_state(y0: Tensor) -> None:
         raise FieldError(f"y0 must be float32 or float64; got {y0.dtype}.")
 
 
-def _tolerance(rtol: float, atol: float, max_num_steps: int, first_step: float | None) -> Tolerance:
+def _tolerance(rtol: float, atol: float, max_num_steps: int, first_step: float | None, least_atol: float) -> Tolerance:
     for name, value, low in (("rtol", rtol, 0.0), ("atol", atol, 0.0), ("first_step", first_step, 0.0)):
         if value is not None and not (math.isfinite(value) and value >= low):
             raise ValueError(f"{name}={value} must be finite and not negative.")
@@ -242,7 +245,7 @@ def _tolerance(rtol: float, atol: float, max_num_steps: int, first_step: float |
         raise ValueError("rtol and atol are both 0; no step could be accepted. Give at least one a positive value.")
     if first_step == 0 or max_num_steps < 1:
         raise ValueError(f"first_step={first_step} and max_num_steps={max_num_steps} must be positive.")
-    return Tolerance(float(rtol), float(atol), int(max_num_steps), first_step)
+    return Tolerance(float(rtol), max(float(atol), least_atol), int(max_num_steps), first_step)
 
 
 def _fixed(tolerance: Tolerance, step_size: float | None, times: Tensor) -> Tolerance:
@@ -258,7 +261,7 @@ def _fixed(tolerance: Tolerance, step_size: float | None, times: Tensor) -> Tole
 
 def _times(t: Any, y0: Tensor) -> Tensor:
     """Output times as (n, m) on the state's device, checked."""
-    times = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+    times = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
     if not times.is_floating_point():
         times = times.to(torch.float64)
     times = times.to(time_dtype_of(y0.device)).to(y0.device)
