@@ -124,7 +124,7 @@ class Net(nn.Module):
         return self.head(self.carry(self.stem(x).flatten(1)))
 
     def carry(self, state: Tensor) -> Tensor:
-        """Take the state through the blocks."""
+        """Take the state through the blocks; the two nets below differ in nothing else."""
         raise NotImplementedError
 
 

@@ -236,7 +236,6 @@ class BaseODENet(BaseEstimator):
             X, target, weights, sample_weight = (part[counted] for part in (X, target, weights, sample_weight))
         model = self._make_model(X, sample_weight, n_outputs, seeds[0], fresh, device)
         rows = self._training_rows(model, X, target, weights, int(seeds[1].generate_state(1)[0]), incremental)
-        kept = tuple(self._net.moments) if incremental and not fresh else None
         history = train(
             model,
             self._task(),
@@ -244,7 +243,7 @@ class BaseODENet(BaseEstimator):
             self._training_solver(),
             self._training_options(rows, incremental),
             torch_generator(seeds[2]),
-            moments=None if kept is None else list(kept),
+            moments=list(self._net.moments) if incremental and not fresh else None,
             report=Table(rows.folds is not None) if self.verbose else None,
         )
         self._keep(model, history, fresh or not incremental)

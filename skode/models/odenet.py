@@ -19,7 +19,7 @@ from skode.models.inputs import InputLayer
 from skode.models.layers import MemberLinear
 from skode.runtime import own_randomness
 from skode.solver import BatchControl, Dynamics, Solution, solve
-from skode.solver.dynamics import AutogradDynamics, as_dynamics
+from skode.solver.dynamics import AutogradDynamics
 
 FieldFactory = Callable[[int], nn.Module]
 
@@ -193,9 +193,7 @@ class ODENet(nn.Module):
     def dynamics(self) -> Dynamics:
         """The ODE block's right-hand side for all members."""
         n_outputs = self.n_dims // self.config.order
-        members = [
-            as_dynamics(f) if isinstance(f, Dynamics) else AutogradDynamics(f, n_outputs=n_outputs) for f in self.fields
-        ]
+        members = [f if isinstance(f, Dynamics) else AutogradDynamics(f, n_outputs=n_outputs) for f in self.fields]
         joined = members[0] if len(members) == 1 else MemberDynamics(members)
         return SecondOrderDynamics(joined) if self.config.order == 2 else joined
 

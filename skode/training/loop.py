@@ -60,9 +60,7 @@ class History:
 
     loss_curve: list[float] = field(default_factory=list)
     validation_scores: list[float] | None = None
-    validation_loss: float = math.inf
     n_evals: float = 0.0
-    interrupted: bool = False
     moments: list[NDArray[Any]] | None = None
 
     @property
@@ -116,7 +114,6 @@ def train(
     try:
         run.epochs(report)
     except KeyboardInterrupt:
-        run.history.interrupted = True
         warnings.warn("Training interrupted by user.", stacklevel=2)
     except SolverError as error:
         if run.n_updates == 0:
@@ -265,7 +262,6 @@ class _Validation:
         score = run.task.score(values, target, weights)
         assert run.history.validation_scores is not None
         run.history.validation_scores.append(score)
-        run.history.validation_loss = float(self._best.mean())
         return score
 
     def _solve(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
