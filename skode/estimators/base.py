@@ -39,7 +39,7 @@ from skode.runtime import (
 )
 from skode.runtime.device import check_dtype_on_device
 from skode.solver import METHODS, Solution
-from skode.solver.gradients import STRATEGIES
+from skode.solver.strategies import STRATEGIES
 from skode.training import History, TrainingOptions, TrainingRows, train
 from skode.training.tasks import Task
 

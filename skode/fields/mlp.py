@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from skode.exceptions import FieldError
 from skode.fields.activations import get_activation
+from skode.fields.mlp_kernel import MLPKernel
 from skode.solver.dynamics import Weight
+from skode.solver.layout import ColumnLayout
 
 
 class _Layer(nn.Module):
@@ -178,6 +180,19 @@ class MLPField(nn.Module):
     def trainable(self) -> tuple[Tensor, ...]:
         """All parameters, in the order of :meth:`accumulate`."""
         return tuple(self.parameters())
+
+    def kernel(self, y0: Tensor, *, padded: bool, shared_times: bool) -> MLPKernel | None:
+        """What evaluates the network for a batch like ``y0`` in the solver's memory; None if that is not all it does."""
+        own = type(self).forward is MLPField.forward and type(self).linearize is MLPField.linearize
+        if not own or self._forward_hooks or self._forward_pre_hooks:
+            return None
+        self._taken(y0)
+        last: Tensor = self.layers[-1].bias  # type: ignore[assignment]
+        if last.shape[-1] != self.n_dims:
+            raise FieldError(f"the network gives {last.shape[-1]} derivatives for states of {self.n_dims} components.")
+        layout = ColumnLayout(len(y0), self.n_dims, self.n_members, padded)
+        weights = [torch.cat([layer.weight, layer.bias.unsqueeze(-1)], dim=-1).detach() for layer in self.layers]  # type: ignore[list-item, operator, union-attr]
+        return MLPKernel(weights, self._activation, self.time_dependent, layout, shared_times)
 
     # --- layers ---
 

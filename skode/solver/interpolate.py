@@ -1,10 +1,11 @@
 """Dense output: the solution between the steps' ends, gathered once for each (row, time) pair.
 
-Symbols: ``theta`` in [0, 1] is the place inside a step, ``beta_i(theta)`` the weight of stage increment ``K[i]``.
+Symbols: ``theta`` in [0, 1] is the place inside a step, ``beta_i(theta)`` the weight of stage value ``F[i]``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,21 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from skode.solver.step import Scheme, Span
-
-
-class Step(NamedTuple):
-    """A recorded step: where from (``y``), what was tried, the ``h`` that counted.
-
-    Kept on demand: stacked increments, tapes, and the derivative of the squared error with the error.
-    """
-
-    y: Tensor
-    span: Span
-    h: Any
-    K: Tensor | None
-    tapes: list[Any] | None
-    error: Tensor | None = None
+from skode.solver.layout import Layout
+from skode.solver.record import Step
+from skode.solver.step import Scheme
 
 
 class Places(NamedTuple):
@@ -38,92 +27,154 @@ class Places(NamedTuple):
     beyond: Tensor
 
 
+class Knots:
+    """The steps' starts and ends in time for every row, both of shape (n, n_steps), and where times lie in them.
+
+    Parameters
+    ----------
+    steps : sequence of Step
+    layout : Layout
+    t0, t1 : tensors of shape (n,)
+    """
+
+    def __init__(self, steps: Sequence[Step], layout: Layout, t0: Tensor, t1: Tensor) -> None:
+        self.t0, self.t1 = t0, t1
+        self._spans = [(step.span.t, step.span.t_next, step.accept) for step in steps]
+        self._layout = layout
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """Where each row's steps start."""
+        return self._column([t for t, _, _ in self._spans])
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """Where they end; a row that stayed has an empty step."""
+        return self._column(
+            [t_next if accept is None else torch.where(accept, t_next, t) for t, t_next, accept in self._spans]
+        )
+
+    @cached_property
+    def _sign(self) -> Tensor:
+        return torch.where(self.t1 < self.t0, -1.0, 1.0).to(self.t0.dtype).unsqueeze(1)
+
+    def _column(self, values: list[Any]) -> Tensor:
+        if values and isinstance(values[0], Tensor):
+            return torch.cat([self._layout.leave(value) for value in values], dim=1).contiguous()
+        return self.t0.new_tensor(values).expand(len(self.t0), -1).contiguous()
+
+    def accepted(self) -> Tensor:
+        """Each row's first time and the ends of its steps, without empty ones, shape (n, k + 1), NaN-padded."""
+        moved = self.starts != self.ends
+        order = torch.argsort((~moved).to(torch.int8), dim=1, stable=True)[:, : int(moved.sum(dim=1).max())]
+        ends = torch.where(moved, self.ends, torch.nan).gather(1, order)
+        return torch.cat([self.t0.unsqueeze(1), ends], dim=1)
+
+    def locate(self, times: Tensor) -> Places:
+        """The step that covers each time, shape (n, q)."""
+        found = torch.searchsorted(self._sign * self.ends, (self._sign * times).contiguous())
+        beyond = (found == self.ends.shape[1]) | torch.isnan(times)
+        step = found.clamp(max=self.ends.shape[1] - 1)
+        start, end = self.starts.gather(1, step), self.ends.gather(1, step)
+        inside = (times - start) / torch.where(end == start, 1.0, end - start)
+        at_end = (times == end) & ~beyond
+        theta = torch.where(at_end, 1.0, inside)
+        return Places(step, torch.where(beyond, 0.0, theta), at_end, beyond)
+
+
+def weights(scheme: Scheme, theta: Tensor) -> Tensor:
+    """beta_i(theta) in the solve's dtype, shape (..., n_stages); computed in theta's, since large terms cancel."""
+    p = scheme.p.to(theta.dtype)
+    return (torch.stack([theta**k for k in range(1, p.shape[1] + 1)], dim=-1) @ p.t()).to(scheme.b.dtype)
+
+
+def slopes(scheme: Scheme, theta: Tensor) -> Tensor:
+    """D beta_i / d theta in the solve's dtype, shape (..., n_stages)."""
+    p = scheme.p.to(theta.dtype)
+    return (torch.stack([k * theta ** (k - 1) for k in range(1, p.shape[1] + 1)], dim=-1) @ p.t()).to(scheme.b.dtype)
+
+
 @dataclass(frozen=True)
 class DenseOutput:
     """The recorded steps of a solve as a function of time.
 
     Parameters
     ----------
-    steps : list of Step
+    steps : sequence of Step
+        With their states and values, or the blocks where these lie.
     y_end : tensor of shape (n, d)
-    t0, t1 : tensors of shape (n,)
+    knots : Knots
     scheme : Scheme
+    layout : Layout
     """
 
-    steps: list[Step]
+    steps: Sequence[Step]
     y_end: Tensor
-    t0: Tensor
-    t1: Tensor
+    knots: Knots
     scheme: Scheme
-
-    @cached_property
-    def _ends(self) -> tuple[Tensor, Tensor]:
-        """Each step's start and end for every row, both of shape (n, n_steps)."""
-        return self._column("t"), self._column("t_next")
-
-    def _column(self, name: str) -> Tensor:
-        values = [getattr(step.span, name) for step in self.steps]
-        if isinstance(values[0], Tensor):
-            # A row that stayed has an empty step.
-            moved = [step.h != 0 for step in self.steps]
-            stay = [step.span.t for step in self.steps]
-            return torch.cat(
-                [torch.where(m, v, s) for m, v, s in zip(moved, values, stay, strict=True)], dim=1
-            ).contiguous()
-        return self.t0.new_tensor(values).expand(len(self.t0), -1).contiguous()
+    layout: Layout
 
     @cached_property
     def _states(self) -> Tensor:
-        return torch.stack([step.y for step in self.steps] + [self.y_end])
+        """States at the steps' starts and at the end, shape (n_steps + 1, n, d)."""
+        starts = [step.y if step.block is None else step.block.y[step.slot] for step in self.steps]
+        return torch.stack([*(self.layout.leave(y) for y in starts if y is not None), self.y_end])
 
     @cached_property
-    def _increments(self) -> Tensor:
-        return torch.stack([step.K for step in self.steps if step.K is not None])
+    def _values(self) -> Tensor:
+        """Stage values times the steps' lengths, shape (n_steps, n_stages, n, d)."""
+        n = self.scheme.n_stages
+        values = [step.F if step.block is None else step.block.F[step.slot : step.slot + n] for step in self.steps]
+        return torch.stack(
+            [
+                self.layout.leave(F * step.h)
+                for F, step in zip((F for F in values if F is not None), self.steps, strict=True)
+            ]
+        )
 
-    @property
-    def _sign(self) -> Tensor:
-        return torch.where(self.t1 < self.t0, -1.0, 1.0).to(self.t0.dtype).unsqueeze(1)
-
-    def locate(self, times: Tensor) -> Places:
-        """The step that covers each time, shape (n, q)."""
-        starts, ends = self._ends
-        found = torch.searchsorted(self._sign * ends, (self._sign * times).contiguous())
-        beyond = (found == ends.shape[1]) | torch.isnan(times)
-        step = found.clamp(max=ends.shape[1] - 1)
-        start, end = starts.gather(1, step), ends.gather(1, step)
-        inside = (times - start) / torch.where(end == start, 1.0, end - start)
-        at_end = (times == end) & ~beyond
-        theta = torch.where(at_end, 1.0, inside)
-        return Places(step, torch.where(beyond, 0.0, theta), at_end, beyond)
-
-    def weights(self, theta: Tensor) -> Tensor:
-        """beta_i(theta), shape (..., n_stages)."""
-        p = self.scheme.p
-        return torch.stack([theta**k for k in range(1, p.shape[1] + 1)], dim=-1).to(p.dtype) @ p.t()
-
-    def slopes(self, theta: Tensor) -> Tensor:
-        """D beta_i / d theta, shape (..., n_stages)."""
-        p = self.scheme.p
-        return torch.stack([k * theta ** (k - 1) for k in range(1, p.shape[1] + 1)], dim=-1).to(p.dtype) @ p.t()
+    def settle(self) -> DenseOutput:
+        """Gather what it needs, so that the solve's memory may go."""
+        if self.steps:
+            _ = self._states, self._values
+        return self
 
     def evaluate(self, t: Tensor, *, checked: bool = False) -> Tensor:
         """States at times ``(q,)`` or ``(n, q)``; NaN where they were not reached."""
-        times = t.to(self.t0).expand(len(self.t0), -1) if t.dim() == 1 else t.to(self.t0)
-        if checked:
-            self._require_inside(times)
+        times = self._times(t, checked)
         if not self.steps:
             states = self.y_end.unsqueeze(1).expand(-1, times.shape[1], -1).clone()
-            return torch.where((times == self.t0.unsqueeze(1)).unsqueeze(-1), states, torch.nan)
-        places = self.locate(times)
+            return torch.where((times == self.knots.t0.unsqueeze(1)).unsqueeze(-1), states, torch.nan)
+        places = self.knots.locate(times)
         rows = torch.arange(len(times), device=times.device).unsqueeze(1)
-        inside = torch.einsum("nqs,nqsd->nqd", self.weights(places.theta), self._increments[places.step, :, rows])
+        inside = self._mixed(weights(self.scheme, places.theta), places, rows)
         inside += self._states[places.step, rows]
         states = torch.where(places.at_end.unsqueeze(-1), self._states[places.step + 1, rows], inside)
         return states.masked_fill(places.beyond.unsqueeze(-1), torch.nan)
 
+    def derivative(self, t: Tensor, *, checked: bool = False) -> Tensor:
+        """Derivatives with the time of what :meth:`evaluate` gives."""
+        times = self._times(t, checked)
+        if not self.steps:
+            return torch.full_like(self.evaluate(times), torch.nan)
+        places = self.knots.locate(times)
+        rows = torch.arange(len(times), device=times.device).unsqueeze(1)
+        length = (self.knots.ends - self.knots.starts).gather(1, places.step).to(self.y_end.dtype)
+        slope = self._mixed(slopes(self.scheme, places.theta), places, rows) / length.unsqueeze(-1)
+        return slope.masked_fill(places.beyond.unsqueeze(-1), torch.nan)
+
+    def _mixed(self, beta: Tensor, places: Places, rows: Tensor) -> Tensor:
+        return torch.einsum("nqs,nqsd->nqd", beta, self._values[places.step, :, rows])
+
+    def _times(self, t: Tensor, checked: bool) -> Tensor:
+        t0 = self.knots.t0
+        times = t.to(t0).expand(len(t0), -1) if t.dim() == 1 else t.to(t0)
+        if checked:
+            self._require_inside(times)
+        return times
+
     def _require_inside(self, times: Tensor) -> None:
-        low = torch.minimum(self.t0, self.t1).unsqueeze(1)
-        high = torch.maximum(self.t0, self.t1).unsqueeze(1)
+        t0, t1 = self.knots.t0, self.knots.t1
+        low, high = torch.minimum(t0, t1).unsqueeze(1), torch.maximum(t0, t1).unsqueeze(1)
         outside = torch.nonzero((times < low) | (times > high))
         if len(outside):
             row, column = outside[0].tolist()

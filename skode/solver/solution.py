@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from skode.solver.interpolate import DenseOutput
+    from skode.solver.interpolate import DenseOutput, Knots
 
 
 class Status(IntEnum):
@@ -20,11 +21,18 @@ class Status(IntEnum):
     MAX_STEPS = 1
     STEP_UNDERFLOW = 2
     NON_FINITE = 3
+    EVENT = 4
+    GRAZING = 5
 
     @property
     def message(self) -> str:
         """What happened, and what to change."""
         return _MESSAGES[self]
+
+    @property
+    def failed(self) -> bool:
+        """Whether the row did not get where it should."""
+        return self not in (Status.SUCCESS, Status.EVENT, Status.GRAZING)
 
 
 _MESSAGES = {
@@ -34,11 +42,14 @@ _MESSAGES = {
     "or make the field smoother (regularise it, use a smooth activation)",
     Status.NON_FINITE: "the field or the state became NaN or infinite; check the input's scale and the field, "
     "or shorten the integration time",
+    Status.EVENT: "a terminal event ended the solve",
+    Status.GRAZING: "a terminal event ended the solve where its function touches zero without a slope; gradients do "
+    "not flow through the event's time",
 }
 
 
 class Stats(NamedTuple):
-    """Per-row columns of shape (n,): status, counts, the time that was reached.
+    """Per-row columns of shape (n,): status, counts, the time that was reached, the last step tried and its error norm.
 
     ``next_step`` is the step that would come next, ``success`` whether all rows succeeded.
     """
@@ -48,8 +59,19 @@ class Stats(NamedTuple):
     n_steps: Tensor
     n_rejected: Tensor
     t: Tensor
+    h: Tensor
+    norm: Tensor
     next_step: float
     success: bool
+
+
+class Steps(NamedTuple):
+    """The accepted steps of a solve, to be taken again by ``solve(..., steps=)``.
+
+    ``t`` has shape (n, k + 1): where each row's steps end, its first time in front; NaN for rows with fewer.
+    """
+
+    t: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +90,14 @@ class Solution:
         Evaluations of the field, accepted and rejected steps.
     t_reached : tensor of shape (n,)
         Where each row stopped.
+    last_step, last_norm : tensors of shape (n,)
+        Length of the last step that each row tried, and its error in units of the tolerance.
     success : bool
         Whether every row reached its end.
     next_step : float
         The controller's proposal after the last step (the rows' mean): a first step for a similar solve.
+    advice : dict of int to str
+        For rows that failed, what else was found out.
     error_estimate : tensor of shape (n,) or None
         Squared local errors in units of the tolerance, summed over the accepted steps; on request.
     """
@@ -83,10 +109,14 @@ class Solution:
     n_steps: Tensor
     n_rejected: Tensor
     t_reached: Tensor
+    last_step: Tensor
+    last_norm: Tensor
     next_step: float
     success: bool
     error_estimate: Tensor | None = None
+    advice: dict[int, str] = field(default_factory=dict)
     _dense: DenseOutput | None = None
+    _knots: Knots | None = None
 
     @property
     def y1(self) -> Tensor:
@@ -96,14 +126,31 @@ class Solution:
         last = (~torch.isnan(self.t)).sum(dim=1) - 1
         return self.y[torch.arange(len(last), device=last.device), last]
 
+    @cached_property
+    def steps(self) -> Steps:
+        """The accepted steps, to be taken again by ``solve(..., steps=)``.
+
+        Raises
+        ------
+        ValueError
+            If they were not recorded: without gradients, dense output or more than two output times nothing is.
+        """
+        if self._knots is None:
+            raise ValueError("this solve recorded no steps; call solve(..., dense_output=True).")
+        return Steps(self._knots.accepted())
+
     def failures(self) -> dict[int, str]:
         """Failed rows, with what happened to each, where, and what to change."""
         rows = torch.nonzero(self.status).view(-1).tolist()
-        return {
-            row: f"row {row} stopped at t={float(self.t_reached[row]):.6g} after {int(self.n_steps[row])} accepted and "
-            f"{int(self.n_rejected[row])} rejected steps: {Status(int(self.status[row])).message}"
-            for row in rows
-        }
+        return {row: self._failure(row) for row in rows if Status(int(self.status[row])).failed}
+
+    def _failure(self, row: int) -> str:
+        text = (
+            f"row {row} stopped at t={float(self.t_reached[row]):.6g} after {int(self.n_steps[row])} accepted and "
+            f"{int(self.n_rejected[row])} rejected steps, the last of length {float(self.last_step[row]):.3g} with an "
+            f"error of {float(self.last_norm[row]):.3g} tolerances: {Status(int(self.status[row])).message}"
+        )
+        return text + self.advice.get(row, "")
 
     def evaluate(self, t: Tensor) -> Tensor:
         """States at any times between a row's first and last, by the method's dense output (no gradients).
@@ -121,6 +168,27 @@ class Solution:
         ValueError
             If the solve was made without ``dense_output=True``, or a time lies outside of a row's interval.
         """
+        return self._output().evaluate(t, checked=True)
+
+    def derivative(self, t: Tensor) -> Tensor:
+        """Derivatives with the time of what :meth:`evaluate` gives: the interpolant's slope, no call of the field.
+
+        Parameters
+        ----------
+        t : tensor of shape (q,) or (n, q)
+
+        Returns
+        -------
+        tensor of shape (n, q, d)
+
+        Raises
+        ------
+        ValueError
+            As by :meth:`evaluate`.
+        """
+        return self._output().derivative(t, checked=True)
+
+    def _output(self) -> DenseOutput:
         if self._dense is None:
             raise ValueError("this Solution has no dense output; call solve(..., dense_output=True).")
-        return self._dense.evaluate(t, checked=True)
+        return self._dense

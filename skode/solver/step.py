@@ -1,170 +1,206 @@
-"""One explicit Runge-Kutta step of a whole batch.
+"""One Runge-Kutta step of a whole batch, in slots of memory.
 
-Symbols: stage increments ``K[i] = h f(t + c_i h, Y_i)``, so that rows may differ in h and a row with h = 0 stays.
+Symbols: stage i has the state ``Y_i = y + h sum_j a_ij F_j`` and the field's value ``F_i = f(t + c_i h, Y_i)``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from skode.solver.dynamics import Dynamics
-from skode.solver.tableaus import Tableau
+from skode.solver.arena import Block, empty
+from skode.solver.kernels import Kernel
+from skode.solver.layout import Layout
+from skode.solver.tableau import Tableau
 
 
 class Span(NamedTuple):
-    """A step that is to be tried: from ``t`` (rows, or shared) over ``h`` to ``t_next``.
+    """A step that is to be tried: from ``t`` to ``t_next``, float64.
 
-    ``h`` is a float (shared) or ``(n, 1)`` in the state's dtype; ``times[i]`` is stage i's time as ``(n, 1)``.
+    Numbers where all rows share them, else tensors of one number for each row. ``h`` is ``t_next - t``, a number or in
+    the state's dtype; ``times`` are the stages' times after the first, ``(n_stages - 1, ...)``, in the state's dtype,
+    ``bounded`` if they keep off a jump. A record drops those that are not: :func:`stage_times` gives them again.
     """
 
     t: Any
     t_next: Any
     h: Any
-    times: tuple[Tensor, ...]
+    times: Tensor | None
+    bounded: bool = False
+
+
+def stage_times(scheme: Scheme, layout: Layout, t_next: Any, length: Any) -> Tensor:
+    """The times of the stages after the first, as the field sees them; rounded last, so that none leaves the step."""
+    late = scheme.late.view(-1, *(1,) * len(layout.row))
+    if isinstance(t_next, float):
+        return torch.rsub(late, t_next, alpha=length).to(scheme.b.dtype)
+    return torch.addcmul(t_next, late, length, value=-1).to(scheme.b.dtype)
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A tableau's weights as tensors of the solve's dtype and device."""
+    """A tableau's weights as tensors of the solve's dtype and device.
+
+    ``late`` are the stages' distances from the step's end, in float64 where the device has it, after the first one's.
+    """
 
     tableau: Tableau
     a: tuple[Tensor, ...]
     b: Tensor
     e: Tensor | None
-    c: Tensor
+    e2: Tensor | None
+    late: Tensor
     p: Tensor
+    back: Back
 
-    def weights(self, row: int | str) -> Tensor:
-        """Row number ``row`` of ``a``, or "b", or "e"."""
-        return self.a[row] if isinstance(row, int) else getattr(self, row)
+    @property
+    def n_stages(self) -> int:
+        """Stages of a step, those for dense output included."""
+        return self.tableau.n_stages
 
-    def terms(self, row: int | str) -> tuple[tuple[int, float], ...]:
-        """The same as (stage, weight) pairs without zeros."""
-        return _terms(self.tableau.a[row] if isinstance(row, int) else getattr(self.tableau, row))
+    @property
+    def end(self) -> int:
+        """How many slots after a step's first the next one may begin, without copying anything."""
+        return self.tableau.end_stage if self.tableau.end_stage is not None else self.n_stages
+
+    @property
+    def flat(self) -> bool:
+        """Whether the next step's first slot is this one's last."""
+        return self.end >= self.n_stages - 1
 
 
-@lru_cache(maxsize=1024)
-def _terms(weights: tuple[float, ...]) -> tuple[tuple[int, float], ...]:
-    kept = tuple((i, weight) for i, weight in enumerate(weights) if weight != 0)
-    return kept or ((0, 0.0),)
+class Back(NamedTuple):
+    """The transposed tableau: what stage i's value gives to later stages' states and to the new state.
+
+    Row i of ``weights`` has one column for each stage and one for the new state. A stage that is the field at the new
+    state itself gives what it asks of its state to the new state: its column is empty. ``start`` adds up what the
+    step's first state gets, but for the first stage's part.
+    """
+
+    weights: Tensor
+    start: Tensor
+    used: tuple[bool, ...]
 
 
-@lru_cache(maxsize=64)
+def time_dtype_of(device: torch.device) -> torch.dtype:
+    """Times are float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@lru_cache(maxsize=128)
 def make_scheme(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Scheme:
     """The scheme of a tableau, made once for each dtype and device."""
 
-    def tensor(values: Any) -> Tensor:
+    def tensor(values: Any, dtype: torch.dtype = dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
+    late = [1 - c for c in tableau.c[1:]]
     return Scheme(
         tableau,
         tuple(tensor(row) for row in tableau.a),
         tensor(tableau.b),
         None if tableau.e is None else tensor(tableau.e),
-        tensor(tableau.c).view(-1, 1, 1),
+        None if tableau.e2 is None else tensor(tableau.e2),
+        tensor(late, time_dtype_of(device)).view(-1, 1, 1),
         tensor(tableau.dense.tolist()),
+        _back(tableau, tensor),
     )
 
 
+def _back(tableau: Tableau, tensor: Any) -> Back:
+    n = tableau.n_stages
+    weights = [[tableau.a[j - 1][i] if j > i else 0.0 for j in range(n)] + [tableau.b[i]] for i in range(n)]
+    end = tableau.end_stage
+    start = [0.0, *[1.0] * n]
+    if end is not None:
+        start[end] = 0.0
+        for row in weights:
+            row[end] = 0.0
+    return Back(tensor(weights), tensor(start), tuple(any(row) for row in weights))
+
+
 class Attempt(NamedTuple):
-    """What a step gave: new state, the field there (FSAL methods), error estimate, stages and tapes."""
+    """What a step gave: the new state, and error estimates (a second one of some methods), still to be times h."""
 
     y1: Tensor
-    f1: Tensor | None
     error: Tensor | None
-    stages: Stages
-    tapes: list[Any] | None
+    error2: Tensor | None
 
 
-class Stages(Protocol):
-    """The stages of a step, as they are computed."""
+class Place(NamedTuple):
+    """Where a step begins: its first slot, and whether the field is known there."""
 
-    def add(self, f: Tensor) -> None:
-        """Take the next stage's field value."""
-        ...
+    block: Block
+    slot: int
+    known: bool
 
-    def combine(self, y: Tensor | None, row: int | str) -> Tensor:
-        """``y`` (or zero) plus the weighted increments; weights are the row of ``a`` with that number, "b" or "e"."""
-        ...
+    @property
+    def y(self) -> Tensor:
+        """The state."""
+        return self.block.y[self.slot]
 
-    def stacked(self) -> Tensor:
-        """The increments K, shape (n_stages, n, d)."""
-        ...
-
-
-class RowStages:
-    """Rows have steps of their own: increments stacked in one block of memory, combined in one pass."""
-
-    def __init__(self, scheme: Scheme, y: Tensor, h: Tensor) -> None:
-        self._scheme, self._h, self._n = scheme, h, 0
-        self._K = y.new_empty((scheme.tableau.n_stages, *y.shape))
-
-    def add(self, f: Tensor) -> None:
-        torch.mul(f, self._h, out=self._K[self._n])
-        self._n += 1
-
-    def combine(self, y: Tensor | None, row: int | str) -> Tensor:
-        weights = self._scheme.weights(row)
-        K = self._K[: len(weights)].view(len(weights), -1).t()
-        if y is None:
-            return torch.mv(K, weights).view(self._K.shape[1:])
-        return torch.addmv(y.reshape(-1), K, weights).view_as(y)
-
-    def stacked(self) -> Tensor:
-        return self._K
+    @property
+    def f(self) -> Tensor:
+        """The field there."""
+        return self.block.f[self.slot]
 
 
-class SharedStages:
-    """One step for all rows: it goes into the weights, and zero weights cost nothing."""
+class Stepper:
+    """Takes steps of a scheme with a kernel.
 
-    def __init__(self, scheme: Scheme, h: float) -> None:
-        self._scheme, self._h = scheme, h
-        self._values: list[Tensor] = []
+    Parameters
+    ----------
+    scheme : Scheme
+    kernel : Kernel
+    """
 
-    def add(self, f: Tensor) -> None:
-        self._values.append(f)
+    def __init__(self, scheme: Scheme, kernel: Kernel) -> None:
+        self.scheme, self.kernel = scheme, kernel
+        n_estimates = 1 + (scheme.e2 is not None)
+        self._error = [empty(kernel.layout.state, scheme.b) for _ in range(n_estimates)] if scheme.e is not None else []
+        self._sum: Tensor | None = None
 
-    def combine(self, y: Tensor | None, row: int | str) -> Tensor:
-        (first, weight), *others = self._scheme.terms(row)
-        if y is None:
-            total = self._values[first] * (weight * self._h)
-        else:
-            total = torch.add(y, self._values[first], alpha=weight * self._h)
-        for i, weight in others:
-            total.add_(self._values[i], alpha=weight * self._h)
-        return total
+    @property
+    def n_slots(self) -> int:
+        """Slots that a step needs, the new state's included."""
+        return max(self.scheme.end, self.scheme.n_stages - 1) + 1
 
-    def stacked(self) -> Tensor:
-        return torch.stack(self._values).mul_(self._h)
+    def attempt(self, place: Place, span: Span, keep: bool) -> Attempt:
+        """Take one step from a place where the field is known; ``keep`` what going back will need."""
+        block, first = place.block, place.slot
+        assert span.times is not None
+        block.set_times(first + 1, span.times)
+        self.kernel.begin_step(block, first, span.h)
+        combine = self._shared if isinstance(span.h, float) else self._by_row
+        h = span.h
+        evaluate, a = self.kernel.evaluate, self.scheme.a
+        for i in range(1, self.scheme.n_stages):
+            combine(block, first, i, a[i - 1], h)
+            evaluate(block, first + i, keep)
+        if self.scheme.tableau.end_stage is None:
+            combine(block, first, self.scheme.end, self.scheme.b, h)
+        return Attempt(block.y[first + self.scheme.end], *self._errors(block, first))
 
+    def _errors(self, block: Block, first: int) -> tuple[Tensor | None, Tensor | None]:
+        if not self._error:
+            return None, None
+        stack = block.stack(first, self.scheme.n_stages)
+        for estimate, weights in zip(self._error, (self.scheme.e, self.scheme.e2), strict=False):
+            assert weights is not None
+            torch.mv(stack, weights, out=estimate.view(-1))
+        return self._error[0], self._error[1] if len(self._error) > 1 else None
 
-def make_stages(scheme: Scheme, y: Tensor, h: Any) -> Stages:
-    """Room for a step's stages."""
-    return SharedStages(scheme, h) if isinstance(h, float) else RowStages(scheme, y, h)
+    @staticmethod
+    def _shared(block: Block, first: int, i: int, weights: Tensor, h: float) -> None:
+        stack = block.stack(first, len(weights))
+        torch.addmv(block.y_flat[first], stack, weights, alpha=h, out=block.y_flat[first + i])
 
-
-def attempt_step(
-    dynamics: Dynamics, scheme: Scheme, y: Tensor, f0: Tensor, span: Span, tape0: Any | None = None
-) -> Attempt:
-    """Take one step from ``y``, whose field value ``f0`` is known; with its tape every stage is linearised."""
-    tableau = scheme.tableau
-    stages = make_stages(scheme, y, span.h)
-    stages.add(f0)
-    tapes = None if tape0 is None else [tape0]
-    Y, f = y, f0
-    for i in range(1, tableau.n_stages):
-        Y = stages.combine(y, i - 1)
-        if tapes is None:
-            f = dynamics(span.times[i], Y)
-        else:
-            f, tape = dynamics.linearize(span.times[i], Y)
-            tapes.append(tape)
-        stages.add(f)
-    y1 = Y if tableau.fsal else stages.combine(y, "b")
-    error = stages.combine(None, "e") if tableau.adaptive else None
-    return Attempt(y1, f if tableau.fsal else None, error, stages, tapes)
+    def _by_row(self, block: Block, first: int, i: int, weights: Tensor, h: Tensor) -> None:
+        if self._sum is None:
+            self._sum = torch.empty_like(block.y[first])
+        torch.mv(block.stack(first, len(weights)), weights, out=self._sum.view(-1))
+        torch.addcmul(block.y[first], h, self._sum, out=block.y[first + i])

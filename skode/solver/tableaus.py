@@ -1,111 +1,11 @@
-"""Explicit Runge-Kutta methods as data: a new method is one literal.
-
-Symbols, as in Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I": nodes ``c``, stage weights
-``a``, solution weights ``b``, error weights ``e`` (``b`` less those of the embedded method), and ``p``: the dense
-output's polynomials, ``y(t + theta h) = y + h sum_i k_i sum_j p[i, j] theta^(j + 1)``.
-"""
+"""Runge-Kutta methods as data: a new method is one literal."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from skode.solver.dopri8 import DOPRI8
+from skode.solver.tableau import Tableau
 
-import numpy as np
-from numpy.typing import NDArray
-
-
-@dataclass(frozen=True)
-class Tableau:
-    """An explicit Runge-Kutta method, checked for consistency when it is made.
-
-    Parameters
-    ----------
-    name : str
-    order : int
-        Order of the solution that is propagated.
-    a : tuple of tuple of float
-        Row i holds the weights of the stages before stage i + 1.
-    b : tuple of float
-        Solution weights.
-    e : tuple of float, optional
-        Error weights; None makes it a fixed-step method.
-    error_order : int
-        Order of the embedded method's error estimate as a power of h (0 without one).
-    p : tuple of tuple of float, optional
-        Dense output; None means the cubic Hermite polynomial through both ends.
-    dense_order : int
-        Order of the dense output.
-    """
-
-    name: str
-    order: int
-    a: tuple[tuple[float, ...], ...]
-    b: tuple[float, ...]
-    e: tuple[float, ...] | None = None
-    error_order: int = 0
-    p: tuple[tuple[float, ...], ...] | None = None
-    dense_order: int = 0
-    c: tuple[float, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        if self.p is None:
-            object.__setattr__(self, "dense_order", min(self.order, 3))
-        object.__setattr__(self, "c", (0.0, *(_node(sum(row)) for row in self.a)))
-        self._require(len(self.b) == len(self.a) + 1, "one solution weight a stage")
-        self._require(all(len(row) == i + 1 for i, row in enumerate(self.a)), "explicit stages")
-        nodes, weights = np.array(self.c), np.array(self.b)
-        for k in range(1, self.order + 1):
-            self._require(abs(weights @ nodes ** (k - 1) - 1 / k) < 1e-12, f"quadrature order {k}")
-        if self.e is not None:
-            self._require(len(self.e) == len(self.b) and abs(sum(self.e)) < 1e-12, "error weights that add up to 0")
-        if self.p is not None:
-            self._require(
-                np.allclose(np.sum(self.p, axis=1), self.b, rtol=0, atol=1e-12),
-                "dense output that ends at y1",
-            )
-
-    def _require(self, fulfilled: bool, what: str) -> None:
-        if not fulfilled:
-            raise ValueError(f"tableau {self.name!r} lacks: {what}")
-
-    @property
-    def adaptive(self) -> bool:
-        """Whether the method estimates its error."""
-        return self.e is not None
-
-    @property
-    def n_stages(self) -> int:
-        """Number of stages, the first-same-as-last one included."""
-        return len(self.b)
-
-    @cached_property
-    def fsal(self) -> bool:
-        """Whether the last stage is the field at the new state (first same as last)."""
-        return self.b[-1] == 0 and np.allclose(self.a[-1], self.b[:-1], rtol=0, atol=1e-14)
-
-    @cached_property
-    def closed(self) -> Tableau:
-        """The same method with a last stage at the new state, as dense output needs it."""
-        if self.fsal:
-            return self
-        error = None if self.e is None else (*self.e, 0.0)
-        return replace(self, a=(*self.a, self.b), b=(*self.b, 0.0), e=error)
-
-    @cached_property
-    def dense(self) -> NDArray[np.float64]:
-        """Dense output of the closed method, as powers of theta: shape (n_stages, degree)."""
-        if self.p is not None:
-            return np.array(self.p)
-        hermite = np.outer(self.closed.b, [0.0, 3.0, -2.0])
-        hermite[0] += [1.0, -2.0, 1.0]
-        hermite[-1] += [0.0, -1.0, 1.0]
-        return hermite
-
-
-def _node(total: float) -> float:
-    """A row sum of decimal literals may miss 1 by an ulp, and a node beyond 1 would leave the interval."""
-    return 1.0 if abs(total - 1.0) < 1e-12 else total
-
+__all__ = ["IMPLICIT_METHODS", "METHODS", "PENDING_METHODS", "Tableau", "get_tableau"]
 
 EULER = Tableau("euler", 1, (), (1.0,))
 
@@ -231,6 +131,59 @@ DOPRI5 = Tableau(
     4,
 )
 
+# Kvaerno, BIT 44, 2004: the third-order pair, its weights to full precision from gamma, the middle root of
+# 6 g^3 - 18 g^2 + 9 g = 1. L-stable; the embedded method (the third stage) is A-stable with R(infinity) = -0.957.
+KVAERNO3 = Tableau(
+    "kvaerno3",
+    3,
+    (
+        (0.435866521508459,),
+        (0.49056338842178054, 0.07357009006976042),
+        (0.30880996997674653, 1.4905633884217806, -1.2352398799069861),
+    ),
+    (0.30880996997674653, 1.4905633884217806, -1.2352398799069861, 0.435866521508459),
+    (-0.18175341844503404, 1.4169932983520201, -1.671106401415445, 0.435866521508459),
+    3,
+    gamma=0.435866521508459,
+)
+
+# Kennedy and Carpenter, Appl. Numer. Math. 44, 2003: the implicit half of ARK4(3)6L[2]SA. L-stable; the embedded method
+# is A-stable with R(infinity) = -3/20. Kvaerno's 4(3) pairs are no choice here: with gamma = 0.4359 the fourth-order
+# solution has R(infinity) = 0.72, and the L-stable one (gamma = 0.5728) evaluates at 1.15 h.
+# Dense output: its stages leave one free quartic in theta. Smooth joints settle it but for the quartic's leading
+# coefficient, and that is 0: the error inside of a step is then below that at its end.
+KENCARP4 = Tableau(
+    "kencarp4",
+    4,
+    (
+        (1 / 4,),
+        (8611 / 62500, -1743 / 31250),
+        (5012029 / 34652500, -654441 / 2922500, 174375 / 388108),
+        (15267082809 / 155376265600, -71443401 / 120774400, 730878875 / 902184768, 2285395 / 8070912),
+        (82889 / 524892, 0.0, 15625 / 83664, 69875 / 102672, -2260 / 8211),
+    ),
+    (82889 / 524892, 0.0, 15625 / 83664, 69875 / 102672, -2260 / 8211, 1 / 4),
+    (
+        31666707 / 9881966720,
+        0.0,
+        -256875 / 105007616,
+        -2768025 / 128864768,
+        169839 / 3864644,
+        -5247 / 225920,
+    ),
+    4,
+    (
+        (1.0, -8620844395 / 2892679812, 5195427235 / 1446339906, -1051472152 / 723169953),
+        (0.0, -648559 / 1041579, 1297118 / 1041579, -648559 / 1041579),
+        (0.0, 3480859375 / 592807248, -22816046875 / 2074825368, 5510265625 / 1037412684),
+        (0.0, -18332228125 / 5092428528, 25263688375 / 2546214264, -7182354625 / 1273107132),
+        (0.0, 71540300 / 45250821, -192900040 / 45250821, 15557840 / 6464403),
+        (0.0, -1 / 4, 1 / 2, 0.0),
+    ),
+    4,
+    gamma=1 / 4,
+)
+
 METHODS: dict[str, Tableau] = {
     tableau.name: tableau
     for tableau in (
@@ -248,6 +201,12 @@ METHODS: dict[str, Tableau] = {
         DOPRI5,
     )
 }
+
+# Steps solve for their stages.
+IMPLICIT_METHODS: dict[str, Tableau] = {tableau.name: tableau for tableau in (KVAERNO3, KENCARP4)}
+
+# A second error estimate, and stages that only dense output needs.
+PENDING_METHODS: dict[str, Tableau] = {tableau.name: tableau for tableau in (DOPRI8,)}
 
 
 def get_tableau(method: str) -> Tableau:

@@ -66,17 +66,7 @@ class Wiggle(nn.Module):
 
 def accepted_ends(solution: Solution) -> list[list[float]]:
     """For each row, where its accepted steps ended, but for the last one."""
-    dense = solution._dense
-    assert dense is not None
-    n = len(dense.y_end)
-    ends: list[list[float]] = [[] for _ in range(n)]
-    for step in dense.steps:
-        h = torch.as_tensor(step.h, dtype=torch.float64).expand(n, 1)
-        t_next = torch.as_tensor(step.span.t_next, dtype=torch.float64).expand(n, 1)
-        for row in range(n):
-            if float(h[row]) != 0:
-                ends[row].append(float(t_next[row]))
-    return [row[:-1] for row in ends]
+    return [[end for end in row if end == end][1:-1] for row in solution.steps.t.tolist()]
 
 
 def replay_row(field: Field, tableau: Tableau, y: Tensor, t: Tensor, ends: list[float]) -> Tensor:

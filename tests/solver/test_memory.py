@@ -33,7 +33,7 @@ def test_beyond_its_budget_the_exact_gradient_keeps_no_tapes_and_stays_the_same(
     gradients, tapes = [], []
     for budget in (2**28, 0):
         solution = solve(field, y0, [0.0, 2.0], step_control="batch", rtol=1e-6, memory_budget=budget)
-        tapes.append([step.tapes for step in solution.y.grad_fn.run.dense.steps])
+        tapes.append([step.block for step in solution.y.grad_fn.run.record.steps])
         gradients.append(torch.autograd.grad(solution.y1.square().sum(), list(field.parameters())))
     assert None not in tapes[0] and set(tapes[1]) == {None}
     for kept, recomputed in zip(*gradients, strict=True):
@@ -45,5 +45,5 @@ def test_the_adjoint_keeps_no_steps_however_many_there_are():
     y0 = torch.ones(3, 2, dtype=torch.float64)
     for rtol in (1e-3, 1e-12):
         solution = solve(field, y0, [0.0, 5.0], gradient="adjoint", rtol=rtol, atol=rtol)
-        assert solution.y.grad_fn.run.dense is None
+        assert not solution.y.grad_fn.run.record.steps
     assert int(solution.n_steps.min()) > 50

@@ -274,7 +274,8 @@ def assert_inside(field: Recorded, t: Tensor, dtype: torch.dtype = torch.float64
     low = t.nan_to_num(nan=math.inf).amin(dim=1, keepdim=True).to(dtype)
     high = t.nan_to_num(nan=-math.inf).amax(dim=1, keepdim=True).to(dtype)
     assert field.n_calls
-    called = torch.cat([calls.expand(len(t), 1) for calls in field.times], dim=1)
+    # A field may be asked for copies of the rows after them.
+    called = torch.cat([calls[: len(t)].expand(len(t), 1) for calls in field.times], dim=1)
     below, above = (low - called).amax(), (called - high).amax()
     assert below <= 0 and above <= 0, f"called {max(float(below), float(above)):.3g} outside"
 
@@ -295,7 +296,7 @@ def test_field_is_only_called_inside_of_each_rows_own_interval(method: str) -> N
     t = rows((0.1, 0.4, 1.3), (2.7, 2.0, 1.9), (0.5, 0.5, 0.5), (0.3, 0.6, NAN), (-1.1, 0.2, 0.9))
     field = Recorded(wobbly)
     y0 = torch.ones(5, 1, dtype=torch.float64, requires_grad=True)
-    y = solve(field, y0, t, method=method).y
+    y = solve(field, y0, t, method=method, memory_budget=0).y
     assert_inside(field, t)
     n_forward = field.n_calls
     y.nansum().backward()
@@ -497,7 +498,7 @@ def test_successful_solves_have_no_failures() -> None:
 @pytest.mark.parametrize("status", Status)
 def test_every_status_says_what_to_change(status: Status) -> None:
     assert len(status.message) > 10
-    if status:
+    if status.failed:
         assert ";" in status.message
 
 
@@ -603,7 +604,7 @@ WRONG_ARGUMENTS: dict[str, tuple[dict[str, object], str]] = {
     "step size of an adaptive method": ({"step_size": 0.1}, "goes with fixed-step methods; 'tsit5' adapts"),
     "zero step size": ({"method": "rk4", "step_size": 0.0}, "step_size=0.0 must be positive"),
     "negative step size": ({"method": "rk4", "step_size": -0.1}, "step_size=-0.1 must be positive"),
-    "first step": ({"first_step": 0}, "first_step=0 .* must be positive"),
+    "first step": ({"first_step": 0}, "first_step=0 must be positive"),
     "negative first step": ({"first_step": -1.0}, "first_step=-1.0 must be finite and not negative"),
     "no steps": ({"max_num_steps": 0}, "max_num_steps=0 must be positive"),
     "error of the adjoint": ({"error_estimate": True, "gradient": "adjoint"}, "needs gradient='discrete'"),

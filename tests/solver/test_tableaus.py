@@ -1,22 +1,27 @@
-"""Runge-Kutta methods keep what their tableaus promise: order conditions, dense output, observed convergence."""
+"""Runge-Kutta methods keep what their tableaus promise: order conditions, dense output, stability, convergence."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
 from itertools import combinations_with_replacement, pairwise, product
-from math import log2
+from math import factorial, fsum, log2, prod
 
 import numpy as np
 import pytest
 import torch
 
 from skode.solver import METHODS, Solution, solve
-from skode.solver.tableaus import Tableau, get_tableau
+from skode.solver.tableaus import IMPLICIT_METHODS, PENDING_METHODS, Tableau, get_tableau
 from tests.problems import PROBLEMS
 
 ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive]
+TABLEAUS = METHODS | PENDING_METHODS | IMPLICIT_METHODS
 HUGE = 1e12  # as a tolerance it accepts every step
+
+on_all_tableaus = pytest.mark.parametrize("method", TABLEAUS)
+on_adaptive_tableaus = pytest.mark.parametrize("method", [name for name, tab in TABLEAUS.items() if tab.adaptive])
+on_implicit_tableaus = pytest.mark.parametrize("method", IMPLICIT_METHODS)
 
 # A rooted tree is the sorted tuple of its root's subtrees; the single vertex is ().
 Tree = tuple["Tree", ...]
@@ -57,6 +62,7 @@ def stage_matrix(tableau: Tableau) -> np.ndarray:
     A = np.zeros((tableau.n_stages, tableau.n_stages))
     for i, row in enumerate(tableau.a, start=1):
         A[i, : len(row)] = row
+        A[i, i] = tableau.gamma
     return A
 
 
@@ -68,80 +74,177 @@ def elementary_weights(tree: Tree, A: np.ndarray) -> np.ndarray:
     return result
 
 
-def order_of(weights: np.ndarray, tableau: Tableau, limit: int = 6) -> int:
-    """The order up to which quadrature weights fulfil all conditions."""
-    A = stage_matrix(tableau)
+def first_failing_order(weights: np.ndarray, A: np.ndarray, limit: int = 9) -> int:
+    """The lowest order of which quadrature weights miss a condition."""
     for order in range(1, limit + 1):
         for tree in trees(order):
-            if abs(weights @ elementary_weights(tree, A) - 1 / density(tree)) > 1e-12:
-                return order - 1
-    return limit
+            if abs(weights @ elementary_weights(tree, A) - 1 / density(tree)) > 1e-11:
+                return order
+    raise AssertionError(f"no condition up to order {limit} fails")
+
+
+def order_of(weights: tuple[float, ...], tableau: Tableau) -> int:
+    """The order up to which quadrature weights fulfil all conditions."""
+    return first_failing_order(np.array(weights), stage_matrix(tableau)) - 1
+
+
+def power_of_error(weights: tuple[float, ...] | None, tableau: Tableau) -> int:
+    """The power of h with which an error estimate falls: the lowest order of which its weights see a tree."""
+    return order_of(tuple(np.array(tableau.b) - np.array(weights)), tableau) + 1
 
 
 def test_rooted_trees_are_as_many_as_they_should_be() -> None:
     # OEIS A000081
-    assert [len(trees(n)) for n in range(1, 7)] == [1, 1, 2, 4, 9, 20]
+    assert [len(trees(n)) for n in range(1, 10)] == [1, 1, 2, 4, 9, 20, 48, 115, 286]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_solution_has_the_order_of_the_method(method: str) -> None:
-    tableau = METHODS[method]
-    assert order_of(np.array(tableau.b), tableau) == tableau.order
+def test_densities_and_sizes_agree_with_the_number_of_labellings() -> None:
+    # Hairer, Norsett and Wanner I, section II.2: over all trees of n vertices, n! / (gamma sigma) adds up to (n - 1)!
+    for n in range(1, 10):
+        labellings = [factorial(n) // (density(tree) * symmetry(tree)) for tree in trees(n)]
+        assert all(n_vertices(tree) == n for tree in trees(n))
+        assert sum(labellings) == factorial(n - 1)
 
 
-@pytest.mark.parametrize("method", ADAPTIVE)
-def test_embedded_solution_has_the_order_that_the_error_estimate_claims(method: str) -> None:
-    tableau = METHODS[method]
-    embedded = np.array(tableau.b) - np.array(tableau.e)
-    assert order_of(embedded, tableau) == tableau.error_order - 1
+def symmetry(tree: Tree) -> int:
+    """sigma of the tree: in how many ways it maps to itself."""
+    return prod(factorial(tree.count(subtree)) * symmetry(subtree) ** tree.count(subtree) for subtree in set(tree))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@on_all_tableaus
+def test_solution_has_the_order_of_the_method_and_no_more(method: str) -> None:
+    tableau = TABLEAUS[method]
+    assert order_of(tableau.b, tableau) == tableau.order
+
+
+@on_adaptive_tableaus
+def test_error_estimate_falls_with_the_power_of_h_that_is_claimed(method: str) -> None:
+    tableau = TABLEAUS[method]
+    power = power_of_error(tableau.e, tableau)
+    if tableau.e2 is not None:
+        # E^2 / sqrt(E^2 + 0.01 E2^2), where E2 is the larger
+        assert power > power_of_error(tableau.e2, tableau)
+        power = 2 * power - power_of_error(tableau.e2, tableau)
+    assert power == tableau.error_order
+
+
+@on_all_tableaus
 def test_nodes_are_row_sums_inside_of_the_step(method: str) -> None:
-    tableau = METHODS[method]
+    tableau = TABLEAUS[method].closed
     np.testing.assert_allclose(tableau.c, stage_matrix(tableau).sum(axis=1), rtol=0, atol=1e-12)
     assert all(0 <= node <= 1 for node in tableau.c)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_closed_method_is_the_same_method_with_its_last_stage_at_the_end(method: str) -> None:
-    tableau = METHODS[method]
+@on_all_tableaus
+def test_matrix_holds_the_stage_weights(method: str) -> None:
+    for tableau in (TABLEAUS[method], TABLEAUS[method].closed):
+        np.testing.assert_array_equal(tableau.matrix, stage_matrix(tableau))
+
+
+@on_all_tableaus
+def test_closed_method_is_the_same_method_with_a_stage_at_the_end(method: str) -> None:
+    tableau = TABLEAUS[method]
     closed = tableau.closed
-    assert closed.fsal and closed.c[-1] == 1.0
+    assert closed.fsal and closed.end_stage is not None and closed.c[closed.end_stage] == 1.0
+    np.testing.assert_allclose(closed.matrix[closed.end_stage], closed.b, rtol=0, atol=1e-14)
     assert closed.closed is closed
-    assert order_of(np.array(closed.b), closed) == tableau.order
+    assert order_of(closed.b, closed) == tableau.order
     if tableau.adaptive:
-        assert order_of(np.array(closed.b) - np.array(closed.e), closed) == tableau.error_order - 1
+        assert power_of_error(closed.e, closed) == power_of_error(tableau.e, tableau)
+    if tableau.e2 is not None:
+        assert power_of_error(closed.e2, closed) == power_of_error(tableau.e2, tableau)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@on_all_tableaus
+def test_closed_method_appends_the_extra_stages_after_the_one_at_the_end(method: str) -> None:
+    tableau = TABLEAUS[method]
+    closed = tableau.closed
+    assert tableau.n_main == tableau.n_stages
+    assert closed.n_main == tableau.n_stages + (not tableau.fsal)
+    assert closed.end_stage == closed.n_main - 1
+    assert closed.n_stages == closed.n_main + len(tableau.extra)
+    assert closed.a[closed.n_main - 1 :] == tableau.extra
+    assert set(closed.b[tableau.n_stages :]) <= {0.0}
+
+
+@on_all_tableaus
 def test_dense_output_starts_at_0_and_ends_at_b(method: str) -> None:
-    tableau = METHODS[method]
+    tableau = TABLEAUS[method]
     # Powers of theta begin with the first, so that every weight is 0 at theta = 0.
     assert tableau.dense.shape[0] == tableau.closed.n_stages
-    np.testing.assert_allclose(tableau.dense.sum(axis=1), tableau.closed.b, rtol=0, atol=1e-12)
+    np.testing.assert_allclose([fsum(row) for row in tableau.dense], tableau.closed.b, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@on_all_tableaus
 def test_dense_output_has_the_slopes_of_the_field_at_both_ends(method: str) -> None:
-    tableau = METHODS[method]
-    first, last = np.eye(tableau.closed.n_stages)[[0, -1]]
+    tableau = TABLEAUS[method]
+    first, last = np.eye(tableau.closed.n_stages)[[0, tableau.closed.end_stage]]
     powers = np.arange(1, tableau.dense.shape[1] + 1)
     np.testing.assert_allclose(tableau.dense[:, 0], first, rtol=0, atol=1e-12)
     np.testing.assert_allclose(tableau.dense @ powers, last, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_dense_output_fulfils_the_order_conditions_of_its_order(method: str) -> None:
-    tableau = METHODS[method]
+def dense_residuals(tableau: Tableau, order: int) -> np.ndarray:
+    """By how much ``sum_i beta_i(theta) Phi_i`` misses ``theta^order / gamma``, power by power, for every tree."""
     A = stage_matrix(tableau.closed)
+    width = max(order, tableau.dense.shape[1])
+    p = np.pad(tableau.dense, ((0, 0), (0, width - tableau.dense.shape[1])))
+    wanted = np.eye(width)[order - 1]
+    return np.array([elementary_weights(tree, A) @ p - wanted / density(tree) for tree in trees(order)])
+
+
+@on_all_tableaus
+def test_dense_output_has_the_order_that_is_claimed_and_no_more(method: str) -> None:
+    tableau = TABLEAUS[method]
     for order in range(1, tableau.dense_order + 1):
-        for tree in trees(order):
-            # sum_i b_i(theta) Phi_i = theta^order / gamma, power by power
-            expected = np.zeros(tableau.dense.shape[1])
-            expected[order - 1] = 1 / density(tree)
-            found = elementary_weights(tree, A) @ tableau.dense
-            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(dense_residuals(tableau, order), 0.0, rtol=0, atol=1e-10)
+    assert np.abs(dense_residuals(tableau, tableau.dense_order + 1)).max() > 1e-6
+
+
+def stability(weights: np.ndarray, tableau: Tableau, z: complex) -> complex:
+    """R(z): what a step makes of 1 where y' = z y / h."""
+    A = stage_matrix(tableau)
+    ones = np.ones(len(A))
+    return complex(1 + z * weights @ np.linalg.solve(np.eye(len(A)) - z * A, ones))
+
+
+def stability_at_infinity(weights: np.ndarray, tableau: Tableau) -> tuple[float, float]:
+    """R(z) for large z is ``growth * z + limit``, by expanding the implicit stages in 1 / z."""
+    A = stage_matrix(tableau)
+    inverse, first = np.linalg.inv(A[1:, 1:]), A[1:, 0]
+    growth = weights[0] - weights[1:] @ inverse @ first
+    limit = 1 - weights[1:] @ inverse @ (1 + inverse @ first)
+    return float(growth), float(limit)
+
+
+@on_implicit_tableaus
+def test_implicit_method_is_l_stable(method: str) -> None:
+    tableau = IMPLICIT_METHODS[method]
+    # The only pole, 1 / gamma, lies to the right: a bound on the imaginary axis holds for the whole left half-plane.
+    assert tableau.gamma > 0
+    b = np.array(tableau.b)
+    values = [abs(stability(b, tableau, 1j * y)) for y in np.geomspace(1e-3, 1e5, 800)]
+    assert max(values) <= 1 + 1e-12
+    np.testing.assert_allclose(stability_at_infinity(b, tableau), (0.0, 0.0), rtol=0, atol=1e-12)
+    assert abs(stability(b, tableau, -1e8)) < 1e-6
+
+
+@pytest.mark.parametrize(("method", "limit"), [("kvaerno3", -0.9566995), ("kencarp4", -3 / 20)])
+def test_embedded_method_of_an_implicit_one_is_a_stable(method: str, limit: float) -> None:
+    tableau = IMPLICIT_METHODS[method]
+    embedded = np.array(tableau.b) - np.array(tableau.e)
+    values = [abs(stability(embedded, tableau, 1j * y)) for y in np.geomspace(1e-3, 1e5, 800)]
+    assert max(values) <= 1 + 1e-12
+    np.testing.assert_allclose(stability_at_infinity(embedded, tableau), (0.0, limit), rtol=0, atol=1e-7)
+
+
+@on_all_tableaus
+def test_a_method_is_implicit_where_its_last_stage_has_to_be_solved_for(method: str) -> None:
+    tableau = TABLEAUS[method]
+    assert tableau.implicit == (method in IMPLICIT_METHODS)
+    if tableau.implicit:
+        assert tableau.end_stage == tableau.n_stages - 1 and tableau.closed is tableau
+        assert tableau.b == (*tableau.a[-1], tableau.gamma)
 
 
 def one_step(method: str, y0: torch.Tensor, t: float, h: float, **options: bool) -> Solution:
@@ -196,10 +299,18 @@ def test_error_inside_of_a_step_falls_with_the_order_of_the_dense_output(method:
 WRONG = {
     "one solution weight a stage": {"b": (0.5, 0.25, 0.25)},
     "explicit stages": {"a": ((0.5, 0.5),)},
+    "nodes inside of the step": {"a": ((1.25,),), "b": (0.6, 0.4)},
+    "a diagonal element that is not negative": {"gamma": -0.5},
     "quadrature order 1": {"b": (0.5, 0.6)},
     "quadrature order 2": {"b": (0.25, 0.75)},
+    "an implicit last stage at the new state": {"a": ((0.25,),), "gamma": 0.75},
+    "a first error estimate": {"e2": (0.5, -0.5)},
     "error weights that add up to 0": {"e": (0.5, -0.4), "error_order": 2},
-    "dense output that ends at y1": {"p": ((1.0, -0.5), (0.0, 0.6))},
+    "second error weights that add up to 0": {"e": (0.5, -0.5), "e2": (0.5, -0.4), "error_order": 2},
+    "explicit extra stages": {"extra": ((0.5, 0.0),)},
+    "dense output for the extra stages": {"extra": ((0.5, 0.0, 0.0),)},
+    "one row of dense output a stage": {"p": ((1.0, -0.5), (0.0, 0.5))},
+    "dense output that ends at y1": {"p": ((1.0, -0.5), (0.0, 0.6), (0.0, 0.0))},
 }
 
 
@@ -210,16 +321,36 @@ def test_a_wrong_tableau_is_refused(lacks: str) -> None:
         replace(heun, **WRONG[lacks])
 
 
-def test_error_weights_of_another_length_are_refused() -> None:
+@pytest.mark.parametrize("which", ["e", "e2"])
+def test_error_weights_of_another_length_are_refused(which: str) -> None:
+    weights = {"e": (0.5, -0.5)} | {which: (0.5, -0.25, -0.25)}
     with pytest.raises(ValueError, match="error weights"):
-        replace(METHODS["heun"], e=(0.5, -0.25, -0.25), error_order=2)
+        replace(METHODS["heun"], **weights, error_order=2)
 
 
-@pytest.mark.parametrize("method", METHODS)
+def test_an_extra_stage_outside_of_the_step_is_refused() -> None:
+    row = (0.5, 0.0, 0.75)
+    with pytest.raises(ValueError, match="nodes inside of the step"):
+        replace(METHODS["heun"], extra=(row,), p=((1.0, -0.5), (0.0, 0.5), (0.0, 0.0), (0.0, 0.0)))
+
+
+@on_implicit_tableaus
+@pytest.mark.parametrize("gamma", [0.0, 0.24])
+def test_a_diagonal_that_does_not_go_with_the_other_weights_is_refused(method: str, gamma: float) -> None:
+    with pytest.raises(ValueError, match="lacks"):
+        replace(IMPLICIT_METHODS[method], gamma=gamma)
+
+
+@on_all_tableaus
 def test_a_higher_order_than_the_weights_have_is_refused(method: str) -> None:
-    tableau = METHODS[method]
+    tableau = TABLEAUS[method]
     with pytest.raises(ValueError, match=f"quadrature order {tableau.order + 1}"):
         replace(tableau, order=tableau.order + 1)
+
+
+@on_all_tableaus
+def test_a_tableau_stands_under_its_name(method: str) -> None:
+    assert TABLEAUS[method].name == method
 
 
 @pytest.mark.parametrize("method", METHODS)

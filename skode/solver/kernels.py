@@ -1,0 +1,202 @@
+"""How a field is evaluated in slots of memory, and pulled back through them.
+
+Two kinds: fields of :mod:`skode.fields` may bring a kernel of their own that never leaves the slots; every other
+field is evaluated through the :class:`~skode.solver.dynamics.Dynamics` protocol by :class:`TapeKernel`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skode.exceptions import FieldError
+from skode.solver.arena import Block, Lease, empty, numbers, tensor_bytes
+from skode.solver.dynamics import Dynamics
+from skode.solver.layout import Layout
+
+
+class Kernel(ABC):
+    """Evaluates a field for a batch of fixed size.
+
+    Parameters
+    ----------
+    layout : Layout
+    shared_times : bool
+        Whether all rows have one time.
+    """
+
+    uses_time = True
+
+    def __init__(self, layout: Layout, shared_times: bool) -> None:
+        self.layout, self.shared_times = layout, shared_times
+
+    @abstractmethod
+    def block(self, n_slots: int, keep: bool) -> Lease[Any]:
+        """Memory for that many evaluations; without ``keep`` they need not be remembered."""
+
+    @property
+    @abstractmethod
+    def slot_bytes(self) -> int:
+        """Bytes that a kept evaluation takes, about."""
+
+    @abstractmethod
+    def evaluate(self, block: Any, slot: int, keep: bool) -> None:
+        """Set ``block.f[slot]`` to the field's value at the slot's time and state."""
+
+    @abstractmethod
+    def field(self, t: Tensor, y: Tensor) -> Tensor:
+        """The field outside of the slots, at times and states in the layout's shapes."""
+
+    @abstractmethod
+    def way_back(self, n_stages: int) -> WayBack:
+        """What pulls cotangents back through kept evaluations."""
+
+    def begin_step(self, block: Any, first: int, h: Any) -> None:
+        """Hook for kernels that need the step's length."""
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """The autograd mode to compute in."""
+        return torch.no_grad()
+
+    def time_shape(self, n_slots: int) -> tuple[int, ...]:
+        """Of the slots' times."""
+        return (n_slots, 1, 1) if self.shared_times else (n_slots, *self.layout.row)
+
+
+class WayBack(ABC):
+    """Pulls cotangents through the stages of one step after another, and adds up the parameters' gradients.
+
+    ``a[i]`` takes the cotangent of stage i's value, ``v[i]`` then holds the one of its state; the last ``v`` is the
+    new state's. They are rows of ``V``.
+    """
+
+    def __init__(self, V: Tensor, a: Sequence[Tensor]) -> None:
+        self.V, self.v, self.a = V, list(V.unbind(0)), list(a)
+        self._flat = V.view(len(V), -1)
+        self.a_flat = [x.view(-1) for x in self.a]
+        self._stacks = [self._flat[i:].t() for i in range(len(V))]
+
+    def stack(self, first: int) -> Tensor:
+        """The cotangents of the states from stage ``first`` on, one column each."""
+        return self._stacks[first]
+
+    def begin_step(self, block: Any, first: int, h: Any) -> None:
+        """Prepare for the step whose first slot is given."""
+
+    @abstractmethod
+    def pull(self, block: Any, first: int, i: int, out: Tensor, time: bool) -> Tensor | None:
+        """From ``a[i]`` to the cotangent of stage i's state; returns the times', one number for each row, if asked."""
+
+    @abstractmethod
+    def accumulate(self, block: Any, first: int, stages: range) -> None:
+        """Add the parameters' gradients of stages that were pulled."""
+
+    @abstractmethod
+    def gradients(self) -> tuple[Tensor, ...]:
+        """The parameters' gradients so far."""
+
+
+# --- fields known by value, tape and pull --------------------------------------------------------------------------
+
+
+class TapeBlock(Block):
+    """Slots with tapes."""
+
+    def __init__(self, y: Tensor, F: Tensor, t: Tensor) -> None:
+        super().__init__(y.unbind(0), F, t)
+        self._own = y
+        self.tapes: list[Any] = [None] * self.n_slots
+
+    @property
+    def nbytes(self) -> int:
+        assert self.t is not None
+        tapes = sum(tape.nbytes for tape in self.tapes if tape is not None)
+        return tensor_bytes([self._own, self.F, self.t]) + tapes
+
+
+class TapeKernel(Kernel):
+    """Any :class:`Dynamics` as a kernel; a field sees tensors of its own, which it may keep.
+
+    Parameters
+    ----------
+    dynamics : Dynamics
+    layout : RowLayout or PaddedLayout
+    shared_times : bool
+    like : tensor
+        Has the solve's dtype and device.
+    """
+
+    def __init__(self, dynamics: Dynamics, layout: Layout, shared_times: bool, like: Tensor) -> None:
+        super().__init__(layout, shared_times)
+        self.dynamics, self._like, self.begun = dynamics, like, False
+
+    def block(self, n_slots: int, keep: bool) -> Lease[TapeBlock]:
+        shape = (n_slots, *self.layout.state)
+        block = TapeBlock(
+            empty(shape, self._like), empty(shape, self._like), empty(self.time_shape(n_slots), self._like)
+        )
+        return Lease(None, block, 0)
+
+    @property
+    def slot_bytes(self) -> int:
+        # A graph does not tell its size; eight states an evaluation is what a two-layer network keeps.
+        return 11 * numbers(self.layout.state) * self._like.element_size()
+
+    def evaluate(self, block: TapeBlock, slot: int, keep: bool) -> None:
+        assert block.t is not None
+        t, y = block.t[slot].clone().expand(self.layout.row), block.y[slot].clone()
+        if keep:
+            f, block.tapes[slot] = self.dynamics.linearize(t, y)
+        else:
+            f = self.dynamics(t, y)
+        self._store(f, block.f[slot])
+        self.begun = True
+
+    @staticmethod
+    def _store(f: Tensor, out: Tensor) -> None:
+        if f.shape != out.shape or f.dtype != out.dtype:
+            raise FieldError(
+                f"the field returned {tuple(f.shape)} in {f.dtype} for a state {tuple(out.shape)} in {out.dtype}."
+            )
+        out.copy_(f)
+
+    def field(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.dynamics(t.expand(self.layout.row), y)
+
+    def way_back(self, n_stages: int) -> TapeWayBack:
+        return TapeWayBack(self, n_stages, self._like)
+
+
+class TapeWayBack(WayBack):
+    """The way back through tapes."""
+
+    def __init__(self, kernel: TapeKernel, n_stages: int, like: Tensor) -> None:
+        state = kernel.layout.state
+        super().__init__(torch.zeros((n_stages + 1, *state), dtype=like.dtype, device=like.device), ())
+        self.a = [empty(state, like) for _ in range(n_stages)]
+        self.a_flat = [x.view(-1) for x in self.a]
+        self._dynamics = kernel.dynamics
+        self._total: tuple[Tensor, ...] | None = None
+
+    def pull(self, block: TapeBlock, first: int, i: int, out: Tensor, time: bool) -> Tensor | None:
+        # The tape keeps its cotangent until the parameters' turn comes, so it gets one of its own.
+        dy, dt = self._dynamics.pull(block.tapes[first + i], self.a[i].clone(), time=time)
+        out.copy_(dy)
+        return dt
+
+    def accumulate(self, block: TapeBlock, first: int, stages: range) -> None:
+        gradients = self._dynamics.accumulate([block.tapes[first + i] for i in stages])
+        if self._total is None:
+            self._total = gradients
+        else:
+            self._total = tuple(p + g for p, g in zip(self._total, gradients, strict=True))
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        if self._total is None:
+            return tuple(torch.zeros_like(p) for p in self._dynamics.trainable())
+        return self._total

@@ -1,0 +1,151 @@
+"""What is to be solved, apart from the states and times; it makes what takes the steps and what decides them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skode.solver.control import BatchControl, CountingControl, Tolerance
+from skode.solver.dynamics import AutogradDynamics, Dynamics
+from skode.solver.kernels import Kernel, TapeKernel
+from skode.solver.layout import PADDING, Layout, PaddedLayout, RowLayout
+from skode.solver.row_control import RowControl, Stops
+from skode.solver.shared_control import SharedControl
+from skode.solver.step import Scheme, Stepper
+
+
+@dataclass(frozen=True)
+class Landings:
+    """Times where steps have to end, shape (n, k) in any order.
+
+    ``jumps`` (k,) tells where the field has to be asked again, ``aside`` whether then just after, and just before.
+    """
+
+    t: Tensor
+    jumps: Tensor
+    aside: bool = True
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An initial-value problem but for its states and times.
+
+    ``batch`` is None where every row takes steps of its own. ``tolerance`` holds its tensors in the callers' shapes,
+    one number for each component.
+    """
+
+    dynamics: Dynamics
+    scheme: Scheme
+    tolerance: Tolerance
+    batch: BatchControl | None
+    memory_budget: int
+    dense: bool
+    keep_errors: bool = False
+    landings: Landings | None = None
+    padded: bool = True
+
+    def stepper(self, y0: Tensor) -> Stepper:
+        """Takes the steps of a batch like ``y0``."""
+        return Stepper(self.scheme, self._kernel(y0))
+
+    def _kernel(self, y0: Tensor) -> Kernel:
+        by_row = self.batch is None or not len(y0)
+        make = getattr(self.dynamics, "kernel", None)
+        if make is not None and len(y0):
+            kernel: Kernel | None = make(y0, padded=by_row, shared_times=not by_row)
+            if kernel is not None:
+                return kernel
+        layout: Layout = RowLayout(*y0.shape)
+        few = by_row and 0 < len(y0) < PADDING and y0.dtype == torch.float32
+        if few and self.padded and isinstance(self.dynamics, AutogradDynamics):
+            layout = PaddedLayout(*y0.shape)
+        return TapeKernel(self.dynamics, layout, not by_row, y0)
+
+    def control(self, stepper: Stepper, t0: Tensor, t1: Tensor) -> CountingControl:
+        """Decides the steps from t0 to t1, both of shape (n,)."""
+        layout, tolerance = stepper.kernel.layout, self._in_layout(stepper.kernel.layout)
+        if self.batch is not None and len(t0):
+            stops = self._shared_stops(float(t0[0]), float(t1[0]))
+            aside = self.landings is None or self.landings.aside
+            return SharedControl(float(t0[0]), float(t1[0]), tolerance, self.scheme, layout, self.batch, stops, aside)
+        start, end = (layout.enter(t.unsqueeze(1)) for t in (t0, t1))
+        return RowControl(start, end, tolerance, self.scheme, layout, self._row_stops(layout, t0, t1))
+
+    def _in_layout(self, layout: Layout) -> Tolerance:
+        """The tolerances of components along the layout's axis of components."""
+        if layout.dim == 1:
+            return self.tolerance
+        rtol, atol = self.tolerance.rtol, self.tolerance.atol
+        column = {"atol": atol.unsqueeze(-1)} if atol.dim() else {}
+        if isinstance(rtol, Tensor):
+            column["rtol"] = rtol.unsqueeze(-1)
+        return self.tolerance.replace(**column) if column else self.tolerance
+
+    def _shared_stops(self, t0: float, t1: float) -> list[tuple[float, bool]]:
+        if self.landings is None:
+            return []
+        sign = 1.0 if t1 >= t0 else -1.0
+        pairs = zip(self.landings.t[0].tolist(), self.landings.jumps.tolist(), strict=True)
+        inside: dict[float, bool] = {}
+        for time, jumps in sorted(pairs, key=lambda pair: sign * pair[0]):
+            if sign * t0 < sign * time < sign * t1:
+                inside[time] = inside.get(time, False) or jumps
+        return list(inside.items())
+
+    def _row_stops(self, layout: Layout, t0: Tensor, t1: Tensor) -> Stops | None:
+        if self.landings is None:
+            return None
+        sign = torch.where(t1 < t0, -1.0, 1.0).to(t0.dtype).unsqueeze(1)
+        low, high = (sign[:, 0] * t0).unsqueeze(1), (sign[:, 0] * t1).unsqueeze(1)
+        ahead = sign * self.landings.t
+        inside = (ahead > low) & (ahead < high)
+        ahead = torch.cat([torch.where(inside, ahead, high), high], dim=1)
+        jumps = torch.cat([inside & self.landings.jumps, torch.zeros_like(inside[:, :1])], dim=1)
+        # Of equal times the one that jumps comes first.
+        order = torch.argsort(jumps.to(torch.int8), dim=1, descending=True, stable=True)
+        order = order.gather(1, torch.argsort(ahead.gather(1, order), dim=1, stable=True))
+        times, jumps = (sign * ahead).gather(1, order), jumps.gather(1, order)
+        return Stops(_by_row(layout, times), _by_row(layout, jumps), self.landings.aside)
+
+
+def _by_row(layout: Layout, x: Tensor) -> Tensor:
+    """Columns of ``(n, k)`` as k times one number for each row."""
+    return torch.stack([layout.enter(x[:, j : j + 1].contiguous()) for j in range(x.shape[1])])
+
+
+def landings(jump_times: Any, step_times: Any, y0: Tensor, dtype: torch.dtype) -> Landings | None:
+    """The callers' times, shared ``(k,)`` or each row's own ``(n, k)``.
+
+    Raises
+    ------
+    ValueError
+        If they have another shape or are not finite.
+    """
+    parts: list[Tensor] = []
+    jumps: list[bool] = []
+    for name, given, jump in (("jump_times", jump_times, True), ("step_times", step_times, False)):
+        if given is None:
+            continue
+        times = torch.as_tensor(given).detach().to(y0.device, dtype)
+        times = times.expand(len(y0), -1) if times.dim() == 1 else times
+        if times.dim() != 2 or len(times) != len(y0) or not bool(torch.isfinite(times).all()):
+            raise ValueError(
+                f"{name} must be finite and have shape (k,) or ({len(y0)}, k); got {tuple(torch.as_tensor(given).shape)}."
+            )
+        parts.append(times)
+        jumps += [jump] * times.shape[1]
+    if not jumps:
+        return None
+    return Landings(torch.cat(parts, dim=1), torch.tensor(jumps, device=y0.device))
+
+
+def shared_columns(landings: Landings | None) -> bool:
+    """Whether all rows land at the same times."""
+    return landings is None or landings.t.stride(0) == 0 or bool((landings.t == landings.t[:1]).all())
+
+
+__all__: Sequence[str] = ("Landings", "Problem", "landings", "shared_columns")

@@ -1,0 +1,212 @@
+"""What is kept of a solve: nothing, its steps' stages as they were computed, or states to compute them from again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from skode.solver.arena import Block, Lease
+from skode.solver.control import Verdict
+from skode.solver.step import Attempt, Place, Span, Stepper
+
+BLOCK_BYTES = 2**21
+"""Blocks hold several steps, but no more than about this much, and at least one."""
+
+
+class Step(NamedTuple):
+    """A step that counted for some row.
+
+    ``h`` is what counted (0 for rows that stay), ``accept`` the rows that went on (None: all that wanted to). ``own``
+    tells whether the first stage was evaluated for this step, not handed on, and ``start_time`` when, if that is not
+    simply the span's start. Stages lie in ``block`` from ``slot`` on
+    (None: they are computed again from a state before). ``F`` are the field's values for dense output, ``y`` the
+    state at the start where it is kept apart, ``error`` the derivative of the squared error with the error.
+    """
+
+    span: Span
+    h: Any
+    accept: Tensor | None
+    own: bool
+    block: Block | None
+    slot: int
+    y: Tensor | None = None
+    F: Tensor | None = None
+    error: Tensor | None = None
+    start_time: Tensor | None = None
+
+
+@dataclass
+class Record:
+    """Leases the memory that a solve runs in, and keeps what is asked for.
+
+    Parameters
+    ----------
+    keep : bool
+        Whether stages are to be differentiated: they stay where they are computed while that fits into ``budget``;
+        after that, states only, thinned so that they fit.
+    budget : int
+        Bytes.
+    keep_values : bool
+        Whether dense output is wanted: states and field values of every step.
+    keep_errors : bool
+        ``error`` then adds up the rows' squared errors in units of the tolerance.
+    """
+
+    keep: bool = False
+    budget: int = 0
+    keep_values: bool = False
+    keep_errors: bool = False
+    steps: list[Step] = field(default_factory=list)
+    error: Tensor | None = None
+    stride: int = 0
+
+    def __post_init__(self) -> None:
+        self.leases: list[Lease[Any]] = []
+        self._scratch: Lease[Any] | None = None
+        self._n_kept_states = 0
+        if self.keep and self.budget <= 0:
+            self.stride = 1
+
+    @property
+    def keeps_stages(self) -> bool:
+        """Whether the next step's stages stay where they are computed."""
+        return self.keep and not self.stride
+
+    @property
+    def wants_steps(self) -> bool:
+        """Whether steps are listed at all."""
+        return self.keep or self.keep_values
+
+    def open(self, stepper: Stepper, y: Tensor) -> Place:
+        """Room for the first step, from a state."""
+        block, slot = self._room(stepper)
+        block.y[slot].copy_(y)
+        return Place(block, slot, False)
+
+    def advance(self, stepper: Stepper, place: Place, span: Span, attempt: Attempt, verdict: Verdict, own: bool) -> Place:
+        """Note a step, and say where the next one begins."""
+        error = self._note_error(stepper, verdict) if self.keep_errors else None
+        if self.wants_steps:
+            self._note(stepper, place, span, verdict, own, error)
+        handed_on = stepper.scheme.tableau.fsal and not verdict.jumped
+        first = place.slot + stepper.scheme.end
+        if verdict.accept is None and stepper.scheme.flat and not verdict.jumped:
+            if first + stepper.n_slots <= place.block.n_slots:
+                return Place(place.block, first, handed_on)
+            first = -1
+        else:
+            first = place.slot + stepper.n_slots if self.keeps_stages else -1
+        block, slot = place.block, first
+        if first < 0 or first + stepper.n_slots > block.n_slots:
+            block, slot = self._room(stepper, place)
+        return self._hand_on(stepper, place, verdict, block, slot, handed_on)
+
+    def _hand_on(
+        self, stepper: Stepper, place: Place, verdict: Verdict, block: Block, slot: int, handed_on: bool
+    ) -> Place:
+        """Copy to a new slot the state, and the field's value if it is known, of rows that went on and of those that did not."""
+        end = place.slot + stepper.scheme.end
+        source, accept = place.block, verdict.accept
+        if accept is None:
+            block.y[slot].copy_(source.y[end])
+        else:
+            block.y[slot].copy_(torch.where(accept, source.y[end], place.y))
+        if handed_on:
+            block.f[slot].copy_(source.f[end] if accept is None else torch.where(accept, source.f[end], place.f))
+        return Place(block, slot, handed_on)
+
+    # --- memory ---
+
+    def _room(self, stepper: Stepper, place: Place | None = None) -> tuple[Block, int]:
+        """A block's beginning. What is not kept is computed in two scratch blocks by turns."""
+        if self.keeps_stages:
+            n_slots = stepper.n_slots
+            nbytes = self._block_bytes(stepper, n_slots)
+            n_steps = max(1, min(8, BLOCK_BYTES // max(nbytes, 1)))
+            lease = stepper.kernel.block(n_steps * (n_slots - 1) + 1, True)
+            self.leases.append(lease)
+            return lease.memory, 0
+        if self._scratch is None:
+            self._scratch = stepper.kernel.block(2 * stepper.n_slots, False)
+        # The other half of the scratch block.
+        half = stepper.n_slots
+        block: Block = self._scratch.memory
+        in_first = place is not None and place.block is block and place.slot < half
+        return block, half if in_first else 0
+
+    @staticmethod
+    def _block_bytes(stepper: Stepper, n_slots: int) -> int:
+        return stepper.kernel.slot_bytes * n_slots
+
+    # --- steps ---
+
+    def _note(
+        self, stepper: Stepper, place: Place, span: Span, verdict: Verdict, own: bool, error: Tensor | None
+    ) -> None:
+        if self.keeps_stages and not verdict.finite:
+            self._keep_states_only(stepper)
+        values = None
+        n = stepper.scheme.n_stages
+        if not span.bounded:
+            span = span._replace(times=None)
+        if self.keep_values and not self.keeps_stages:
+            values = place.block.F[place.slot : place.slot + n].clone()
+        if self.keeps_stages:
+            step = Step(span, verdict.h, verdict.accept, own, place.block, place.slot, None, None, error)
+        else:
+            y = None
+            if self.keep_values or (self.stride and len(self.steps) % self.stride == 0):
+                y = place.y.clone()
+                self._n_kept_states += 1
+            step = Step(span, verdict.h, verdict.accept, own, None, 0, y, values, error)
+        self.steps.append(step)
+        if self.keep:
+            self._fit(stepper)
+
+    def _fit(self, stepper: Stepper) -> None:
+        """Stay within the budget: half of it for states, half for a stretch of steps computed again."""
+        if self.keeps_stages:
+            used = sum(lease.memory.nbytes for lease in self.leases)
+            if used > self.budget:
+                self._keep_states_only(stepper)
+            return
+        if self.keep_values:
+            return
+        state_bytes = self.steps[0].y.nbytes if self.steps[0].y is not None else 0
+        longest = max(1, self.budget // 2 // max(1, stepper.kernel.slot_bytes * (stepper.n_slots - 1)))
+        while self._n_kept_states * state_bytes > self.budget // 2 and 2 * self.stride <= longest:
+            self.stride *= 2
+            self.steps = [
+                step if i % self.stride == 0 else step._replace(y=None) for i, step in enumerate(self.steps)
+            ]
+            self._n_kept_states = -(-len(self.steps) // self.stride)
+
+    def _keep_states_only(self, stepper: Stepper) -> None:
+        """Stages that were kept are let go."""
+        n = stepper.scheme.n_stages
+        self.steps = [
+            step
+            if step.block is None
+            else step._replace(
+                block=None,
+                y=step.block.y[step.slot].clone(),
+                F=step.block.F[step.slot : step.slot + n].clone() if self.keep_values else None,
+            )
+            for step in self.steps
+        ]
+        self._n_kept_states = len(self.steps)
+        self.stride = 1
+        self.leases.clear()
+
+    def _note_error(self, stepper: Stepper, verdict: Verdict) -> Tensor | None:
+        """Add the mean square of error / unit, and return its derivative with the error (the unit held fixed)."""
+        if verdict.ratio is None or verdict.unit is None:
+            return None
+        dim = stepper.kernel.layout.dim
+        ratio = verdict.ratio * verdict.h
+        square = stepper.kernel.layout.leave(ratio.square().mean(dim=dim, keepdim=True)).reshape(-1)
+        self.error = square if self.error is None else self.error + square
+        return torch.where(ratio == 0, 0.0, ratio / verdict.unit).mul_(2 / ratio.shape[dim])

@@ -1,0 +1,317 @@
+"""Every row its own time, step, acceptance and status; one host synchronisation a step."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from skode.solver.control import LARGEST, SAFETY, SMALLEST, Tolerance, Verdict, combined, row_norm
+from skode.solver.kernels import Kernel
+from skode.solver.layout import Layout
+from skode.solver.solution import Stats, Status
+from skode.solver.step import Attempt, Place, Scheme, Span, stage_times, time_dtype_of
+
+
+class _Tables(NamedTuple):
+    """Step factors over quantised errors.
+
+    Float32 round-off in an error must not reach the step (a first step would amplify it to 4e-2), so a step depends on
+    the error's bucket alone.
+    """
+
+    edges: Tensor
+    proportional: Tensor
+    integral: Tensor
+    rejected: Tensor
+    power: Tensor
+    n: int
+
+
+@lru_cache(maxsize=64)
+def _tables(order: int, dtype: torch.dtype, device: torch.device) -> _Tables:
+    exponents = torch.arange(-120, 121, dtype=torch.float64) / 4
+    values = torch.cat([2.0**exponents, torch.tensor([2.0**64])])
+    time_dtype = time_dtype_of(device)
+
+    def table(entries: Tensor) -> Tensor:
+        return entries.to(time_dtype).to(device)
+
+    return _Tables(
+        (2.0**exponents).to(dtype).to(device),
+        table(SAFETY * values ** (-0.7 / order)),
+        table(values.clamp(min=1e-4) ** (0.4 / order)),
+        table((SAFETY * values ** (-1 / order)).clamp(SMALLEST, SAFETY)),
+        table((0.01 / values) ** (1 / order)),
+        len(values),
+    )
+
+
+class Stops(NamedTuple):
+    """Times where steps have to end, sorted along each row's way and padded with its last time.
+
+    ``t`` has shape (k, *row), float64; ``jumps`` tells where the field has to be asked again, ``aside`` whether then
+    just after that time, and before it just before.
+    """
+
+    t: Tensor
+    jumps: Tensor
+    aside: bool = True
+
+
+class RowControl:
+    """Steps of each row's own.
+
+    Parameters
+    ----------
+    t0, t1 : tensors, float64
+        One number for each row, in the layout's shape.
+    tolerance : Tolerance
+    scheme : Scheme
+    layout : Layout
+    stops : Stops, optional
+    """
+
+    def __init__(
+        self, t0: Tensor, t1: Tensor, tolerance: Tolerance, scheme: Scheme, layout: Layout, stops: Stops | None = None
+    ) -> None:
+        self.t, self.t1, self._target = t0.clone(), t1, t1
+        self.sign = torch.sign(t1 - t0)
+        self.tolerance, self.scheme, self.layout = tolerance, scheme, layout
+        self.dtype = scheme.b.dtype
+        self._tables = _tables(max(scheme.tableau.error_order, 1), self.dtype, t0.device)
+        self._active = self.sign != 0
+        self._status = torch.zeros_like(self._active, dtype=torch.int8)
+        self._attempts = torch.zeros_like(self._status, dtype=torch.int64)
+        self._steps, self._extra_evals = self._attempts.clone(), self._attempts.clone()
+        self._previous = torch.full_like(self._attempts, 120)
+        self._was_rejected: Tensor | None = None
+        self._norm_now = torch.zeros_like(t0, dtype=self.dtype)
+        self.h = self._length = (t1 - t0).abs()
+        self._stops, self.stop_number = stops, torch.zeros_like(self._attempts)
+        self.landing: tuple[Tensor | None, Tensor | int] = (None, 0)  # rows that reached a stop last, and which
+        self._side: Tensor | None = None
+        if stops is not None:
+            self._aim()
+            self._side = torch.zeros_like(self._active) if stops.aside else None
+        self._try, self._last = self.h, self._active
+        self._success, self._dirty, self._n_judged = True, False, 0
+        self.running = bool(self._active.any())
+
+    def start_time(self) -> Tensor:
+        time = self.t.to(self.dtype)
+        if self._side is None:
+            return time
+        return torch.where(self._side, torch.nextafter(time, time + self.sign.to(self.dtype)), time)
+
+    def begin(self, kernel: Kernel, y: Tensor, f: Tensor) -> None:
+        self._extra_evals += 1
+        dim = self.layout.dim
+        finite = torch.isfinite(f).all(dim=dim, keepdim=True) & torch.isfinite(y).all(dim=dim, keepdim=True)
+        self._success = bool(finite.all())
+        if not self._success:
+            self._dirty = True
+            self._status.masked_fill_(~finite, Status.NON_FINITE)
+            self._active = self._active & finite
+            self.running = bool(self._active.any())
+        length = (self._target - self.t).abs()
+        given = self.tolerance.step_size or self.tolerance.first_step
+        if given is not None:
+            self.h = torch.clamp(length, max=given)
+        elif self.running:
+            self.h = torch.minimum(self._first_step(kernel, y, f, length), (self.t1 - self.t).abs())
+        self._bound()
+
+    def _bound(self) -> None:
+        low, high = self.tolerance.min_step, self.tolerance.max_step
+        if low or high is not None:
+            self.h = torch.clamp(self.h, low, high)
+
+    def _first_step(self, kernel: Kernel, y: Tensor, f: Tensor, length: Tensor) -> Tensor:
+        """Hairer, Norsett and Wanner I, section II.4, on quantised norms."""
+        tables, dim = self._tables, self.layout.dim
+        unit = self.tolerance.unit(y, y)
+        d0, d1 = row_norm(y / unit, dim), row_norm(f / unit, dim)
+        small = torch.minimum(d0, d1) < 1e-5
+        bucket = torch.bucketize((d0 / d1).nan_to_num_(0.0), tables.edges).clamp_(max=tables.n - 2)
+        guess = torch.where(small, 1e-6, 0.01 * tables.edges[bucket].to(self.t.dtype))
+        guess = torch.minimum(guess, length) * self._active
+        t = torch.where(guess == length, self._target, torch.addcmul(self.t, guess, self.sign))
+        h = guess * self.sign
+        probe = kernel.field(t.to(self.dtype), torch.addcmul(y, h.to(self.dtype), f))
+        self._extra_evals += self._active
+        d2 = row_norm((probe - f).div_(unit), dim) / guess.to(self.dtype)
+        steepest = torch.fmax(d1, d2)
+        bound = tables.power[torch.bucketize(steepest.nan_to_num(0.0), tables.edges)]
+        bound = torch.where(steepest <= 1e-15, (guess * 1e-3).clamp(min=1e-6), bound)
+        return torch.minimum(100 * guess, bound)
+
+    def propose(self) -> Span:
+        ahead = self._target - self.t
+        remaining = ahead.abs()
+        # A step that all but arrives goes the whole way: no sliver is left by round-off.
+        self._last = torch.ge(self.h, remaining * (1 - 1e-9)).logical_and_(self._active)
+        self._try = torch.minimum(self.h, remaining)
+        signed = (self.sign * self._active).mul_(self._try)
+        t_next = torch.where(self._last, self._target, self.t + signed)
+        h = t_next - self.t
+        times = stage_times(self.scheme, self.layout, t_next, h)
+        bounded = self._side is not None
+        return Span(self.t, t_next, h.to(self.dtype), self._inside(times) if bounded else times, bounded)
+
+    def _inside(self, times: Tensor) -> Tensor:
+        """Keep off the jumps at either end of the step: the field is asked just before, and just after."""
+        assert self._stops is not None
+        start, end = self.start_time(), self._target.to(self.dtype)
+        jumps = self._of_stop(self._stops.jumps)
+        end = torch.where(jumps, torch.nextafter(end, end - self.sign.to(self.dtype)), end)
+        return torch.clamp(times, torch.minimum(start, end), torch.maximum(start, end))
+
+    def judge(self, place: Place, span: Span, attempt: Attempt) -> Verdict:
+        parts, unit, dim = None, None, self.layout.dim
+        if attempt.error is None:
+            norm = torch.where(torch.isfinite(attempt.y1).all(dim=dim, keepdim=True), 0.0, torch.nan).to(self.dtype)
+        else:
+            unit = self.tolerance.unit(place.y, attempt.y1)
+            parts = attempt.error.div_(unit)
+            norm = row_norm(parts, dim).mul_(span.h.abs())
+            if attempt.error2 is not None:
+                norm = combined(norm, row_norm(attempt.error2.div_(unit), dim).mul_(span.h.abs()))
+        accept = torch.le(norm, 1).logical_and_(self._active)
+        if self.tolerance.min_step:
+            accept |= self._active & torch.isfinite(norm) & (self._try <= self.tolerance.min_step)
+        arrived = accept & self._last
+        finite = torch.isfinite(norm)
+        bad = torch.gt(self._active, finite)
+        n_active, n_accepted, n_arrived, n_bad = (
+            torch.stack([self._active, accept, arrived, bad]).flatten(1).sum(dim=1).tolist()
+        )
+        self._dirty = self._dirty or n_bad > 0
+        self._attempts += self._active
+        self._steps += accept
+        self._norm_now = norm
+        everyone = bool(n_accepted == n_active)
+        jumped = False
+        if everyone:
+            self._go_on(norm, span, n_arrived)
+        else:
+            self._sort_out(norm, span, accept, finite)
+        if n_arrived and self._stops is not None:
+            jumped, n_arrived = self._reach(arrived)
+        limited = self._limited()
+        self.running = n_active > n_arrived if everyone and not limited else bool(self._active.any())
+        if not self.scheme.tableau.fsal:
+            self._extra_evals += accept & self._active  # the next step's first stage
+        # What a row holds that died must not be touched any more.
+        whole = everyone and not self._dirty
+        h = span.h if whole else span.h * accept
+        if parts is not None and not whole:
+            parts = torch.where(accept, parts, 0.0)
+        return Verdict(h, None if whole else accept, n_accepted > 0, not self._dirty, jumped, parts, unit)
+
+    def _go_on(self, norm: Tensor, span: Span, n_arrived: int) -> None:
+        """All rows that wanted to have gone on."""
+        self.t = span.t_next
+        if self.tolerance.step_size is None:
+            tables = self._tables
+            bucket = torch.bucketize(norm, tables.edges)
+            growth = tables.proportional[bucket].mul_(tables.integral[self._previous]).clamp_(SMALLEST, LARGEST)
+            if self._was_rejected is not None:
+                growth = torch.where(self._was_rejected, growth.clamp(max=1.0), growth)
+                self._was_rejected = None
+            self.h = growth.mul_(self._try)
+            self._previous = bucket
+            self._bound()
+        if n_arrived and self._stops is None:
+            self._active = self._active & ~self._last
+
+    def _sort_out(self, norm: Tensor, span: Span, accept: Tensor, finite: Tensor) -> None:
+        """Some rows were rejected: they try again, or stop; a failed row keeps its last good state."""
+        active = self._active
+        self.t = torch.where(accept, span.t_next, self.t)
+        if self.tolerance.step_size is None:
+            tables = self._tables
+            bucket = torch.bucketize(norm, tables.edges)
+            growth = tables.proportional[bucket].mul_(tables.integral[self._previous]).clamp_(SMALLEST, LARGEST)
+            if self._was_rejected is not None:
+                growth = torch.where(self._was_rejected, growth.clamp(max=1.0), growth)
+            factor = torch.where(accept, growth, tables.rejected[bucket])
+            self.h = torch.where(active, self._try * factor, self.h)
+            self._bound()
+            self._previous = torch.where(accept, bucket, self._previous)
+            self._was_rejected = active & ~accept
+        stuck = active & ~accept
+        if self.tolerance.step_size is None:
+            tiny = 4 * torch.finfo(self.t.dtype).eps * torch.maximum(self.t.abs(), self.t1.abs())
+            stuck = stuck & ((self.h <= tiny) | (~finite & (self._try <= self.tolerance.min_step)))
+        self._status.masked_fill_(stuck & finite, Status.STEP_UNDERFLOW)
+        self._status.masked_fill_(stuck & ~finite, Status.NON_FINITE)
+        self._active = active & ~stuck
+        if self._stops is None:
+            self._active &= ~(accept & self._last)
+        self._success = self._success and not bool(stuck.any())
+
+    def _reach(self, arrived: Tensor) -> tuple[bool, int]:
+        """Rows that came to a stop take the next one; those that came to the end retire."""
+        assert self._stops is not None
+        jumps = arrived & self._of_stop(self._stops.jumps)
+        ended = arrived & (self.t == self.t1)
+        if self._side is not None:
+            self._side = torch.where(arrived, jumps, self._side)
+        self.landing = arrived, self.stop_number
+        self._aim()
+        self._active = self._active & ~ended
+        n_jumped, n_ended = torch.stack([jumps, ended]).flatten(1).sum(dim=1).tolist()
+        if n_jumped and self.scheme.tableau.fsal:
+            self._extra_evals += jumps
+        return n_jumped > 0, n_ended
+
+    def _aim(self) -> None:
+        """Every row takes the first stop that it has not passed."""
+        assert self._stops is not None
+        passed = (self.sign * self._stops.t <= self.sign * self.t).sum(dim=0)
+        self.stop_number = passed.clamp(max=len(self._stops.t) - 1)
+        self._target = self._of_stop(self._stops.t)
+
+    def _of_stop(self, x: Tensor) -> Tensor:
+        return x.gather(0, self.stop_number.unsqueeze(0))[0]
+
+    def _limited(self) -> bool:
+        """Retire rows that have used up their steps; whether there may be some."""
+        limit = self.tolerance.max_num_steps
+        self._n_judged += 1
+        if self._n_judged < limit:
+            return False
+        spent = self._active & (self._attempts >= limit)
+        if bool(spent.any()):
+            self._status.masked_fill_(spent, Status.MAX_STEPS)
+            self._active = self._active & ~spent
+            self._success = False
+        return True
+
+    def stop(self, rows: Tensor, status: Status) -> None:
+        """End the solve of rows here."""
+        self._status.masked_fill_(rows, status)
+        self._active = self._active & ~rows
+        self.running = bool(self._active.any())
+
+    def stats(self, y: Tensor) -> Stats:
+        def column(x: Tensor) -> Tensor:
+            return self.layout.leave(x).reshape(-1)
+
+        status, steps, attempts = column(self._status), column(self._steps), column(self._attempts)
+        evals = column(self._extra_evals) + attempts * (self.scheme.n_stages - 1)
+        next_step = float(torch.minimum(self.h, self._length).mean()) if self._status.numel() else 0.0
+        return Stats(
+            status,
+            evals,
+            steps,
+            attempts - steps,
+            column(self.t),
+            column(self._try),
+            column(self._norm_now),
+            next_step,
+            self._success,
+        )

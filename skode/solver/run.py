@@ -1,0 +1,108 @@
+"""A solve from its first state to its outputs, and as one node of autograd's graph."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from skode.solver.gradients import GradientStrategy, Run
+from skode.solver.integrate import integrate
+from skode.solver.interpolate import DenseOutput, Knots
+from skode.solver.layout import PaddedLayout
+from skode.solver.problem import Problem
+from skode.solver.record import Record
+from skode.solver.solution import Stats
+from skode.solver.step import Stepper
+
+
+def run(problem: Problem, record: Record, y0: Tensor, times: Tensor) -> Run:
+    """Integrate, and place the outputs; nothing of it is differentiated by autograd."""
+    stepper = problem.stepper(y0)
+    t0, t1 = times[:, 0], last_times(times)
+    try:
+        end, stats = _integrate(problem, stepper, record, y0, t0, t1)
+    except (RuntimeError, ValueError, IndexError):
+        if not isinstance(stepper.kernel.layout, PaddedLayout) or getattr(stepper.kernel, "begun", False):
+            raise
+        # The field wants the rows as they are: it may hold something of its own for each of them.
+        return run(replace(problem, padded=False), record, y0, times)
+    layout = stepper.kernel.layout
+    y_end = layout.leave(end)
+    knots = Knots(record.steps, layout, t0, t1) if record.wants_steps else None
+    dense = None
+    if problem.dense:
+        assert knots is not None
+        dense = DenseOutput(record.steps, y_end.clone(), knots, problem.scheme, layout).settle()
+    y = _outputs(y0, times, y_end, stats, dense)
+    error = y0.new_zeros(len(y0)) if record.error is None else record.error.clone()
+    return Run(times, y, error, stats, stepper, record, knots, dense)
+
+
+def _integrate(problem: Problem, stepper: Stepper, record: Record, y0: Tensor, t0: Tensor, t1: Tensor
+) -> tuple[Tensor, Stats]:
+    with stepper.kernel.computing():
+        control = problem.control(stepper, t0, t1)
+        end = integrate(stepper, stepper.kernel.layout.enter(y0), control, record)
+        return end, control.stats(end)
+
+
+def _outputs(y0: Tensor, times: Tensor, y_end: Tensor, stats: Stats, dense: DenseOutput | None) -> Tensor:
+    if dense is not None:
+        y = dense.evaluate(times)
+        if not stats.success:
+            y.masked_fill_(torch.isinf(y), torch.nan)
+        y[:, 0] = y0
+        return y
+    if times.shape[1] == 1:
+        return y0.unsqueeze(1).clone()
+    y = torch.stack([y0, y_end], dim=1)
+    if not stats.success:
+        y[:, 1].masked_fill_((stats.status != 0).unsqueeze(1), torch.nan)
+    if times.stride(0):
+        y[:, 1].masked_fill_(torch.isnan(times[:, 1:]), torch.nan)
+    return y
+
+
+def last_times(times: Tensor) -> Tensor:
+    """Each row's last time that is not NaN padding; shared times have none."""
+    if not times.stride(0):
+        return times[:, -1]
+    last = (~torch.isnan(times)).sum(dim=1, keepdim=True) - 1
+    return times.gather(1, last).view(-1)
+
+
+class Solve(torch.autograd.Function):
+    """The solve as one node of the graph; what it recorded belongs to the node."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        problem: Problem,
+        strategy: GradientStrategy,
+        runs: list[Run],
+        y0: Tensor,
+        times: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        done = run(problem, strategy.record(problem), y0.detach(), times.detach())
+        runs.append(done)
+        # The outputs will point to this node; the node must not point to them.
+        own = done._replace(y=done.y.detach(), error=done.error.detach())
+        if not strategy.keeps_steps:
+            own = own._replace(record=Record(), knots=None, dense=None)
+        ctx.problem, ctx.strategy, ctx.run = problem, strategy, own
+        ctx.save_for_backward(y0, done.y, *parameters)  # so that torch notices changes in place before backward
+        return done.y, done.error
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, g_error: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
+        gradients = ctx.strategy.backward(ctx.problem, ctx.run, g.contiguous(), g_error, ctx.needs_input_grad[4])
+        return None, None, None, gradients.y0, gradients.times, *gradients.parameters
+
+

@@ -1,0 +1,228 @@
+"""One step size for the whole batch, kept in plain numbers: cheap, but a row's result depends on its neighbours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from skode.solver.control import LARGEST, SAFETY, SMALLEST, BatchControl, Tolerance, Verdict, at
+from skode.solver.kernels import Kernel
+from skode.solver.layout import Layout
+from skode.solver.solution import Stats, Status
+from skode.solver.step import Attempt, Place, Scheme, Span, stage_times, time_dtype_of
+
+
+class SharedControl:
+    """All rows take the same steps.
+
+    Parameters
+    ----------
+    t0, t1 : float
+    tolerance : Tolerance
+    scheme : Scheme
+    layout : Layout
+    batch : BatchControl
+    stops : sequence of (float, bool)
+        Times between t0 and t1 where a step has to end, and whether the field has to be asked again there; ``aside``
+        tells whether then just after, and just before.
+    """
+
+    def __init__(
+        self,
+        t0: float,
+        t1: float,
+        tolerance: Tolerance,
+        scheme: Scheme,
+        layout: Layout,
+        batch: BatchControl,
+        stops: Sequence[tuple[float, bool]] = (),
+        aside: bool = True,
+    ) -> None:
+        self.t, self.t1 = t0, t1
+        self.sign = math.copysign(1.0, t1 - t0)
+        self.tolerance, self.scheme, self.layout = tolerance, scheme, layout
+        self._order = max(scheme.tableau.error_order, 1)
+        self._batch, self._weights = batch, None
+        if batch.weights is not None:
+            weights = (batch.weights / batch.weights.sum()).to(scheme.b.dtype).view(-1, 1)
+            self._weights = layout.enter_cotangent(weights)
+        self._n_evals, self._n_steps, self._n_rejected, self._status = 0, 0, 0, Status.SUCCESS
+        self._error, self._was_rejected, self._error_now = 1.0, False, 0.0
+        self._last_step, self._last_error = abs(t1 - t0), SAFETY
+        self._evals_a_step = scheme.n_stages - 1  # the first stage is known when the first step begins
+        self._stops, self._aside = [*stops, (t1, False)], aside
+        self.landing: tuple[Tensor | None, int] = (None, -1)  # rows that reached a stop last (all), and which
+        self._side = 0.0
+        self.h = 0.0
+        self.running = t0 != t1
+
+    def start_time(self) -> Tensor:
+        time = torch.full((), self.t, dtype=self.scheme.b.dtype, device=self.scheme.b.device)
+        if self._side:
+            time = torch.nextafter(time, time + self.sign)
+        return time.view((1,) * len(self.layout.row))
+
+    def begin(self, kernel: Kernel, y: Tensor, f: Tensor) -> None:
+        self._n_evals += 1
+        length = abs(self.t1 - self.t)
+        if not length:
+            return
+        given = self.tolerance.step_size or self.tolerance.first_step
+        self.h = min(length, self._first_step(kernel, y, f, length) if given is None else given)
+        self._bound()
+
+    def _bound(self) -> None:
+        if self.tolerance.max_step is not None:
+            self.h = min(self.h, self.tolerance.max_step)
+        self.h = max(self.h, self.tolerance.min_step)
+
+    def _norm(self, ratio: Tensor, h: float = 1.0) -> float:
+        """Of the errors ``h ratio``."""
+        if self._batch.norm is not None:
+            return float(self._batch.norm(self.layout.leave(ratio * h)))
+        if self._weights is None:
+            return abs(h) * float(torch.linalg.vector_norm(ratio)) / math.sqrt(max(ratio.numel(), 1))
+        n_components = max(ratio.shape[self.layout.dim], 1)
+        return abs(h) * math.sqrt(float((self._weights * ratio.square()).sum()) / n_components)
+
+    def _first_step(self, kernel: Kernel, y: Tensor, f: Tensor, length: float) -> float:
+        """Hairer, Norsett and Wanner I, section II.4."""
+        unit = self.tolerance.unit(y, y)
+        d0, d1 = self._norm(y / unit), self._norm(f / unit)
+        if not math.isfinite(d0 + d1):
+            return length
+        guess = min(1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1, abs(self._stops[0][0] - self.t))
+        t = self._stops[0][0] if guess == abs(self._stops[0][0] - self.t) else self.t + self.sign * guess
+        probe = kernel.field(at(t, self.layout.row, y), torch.add(y, f, alpha=self.sign * guess))
+        self._n_evals += 1
+        steepest = max(d1, self._norm((probe - f).div_(unit)) / guess)
+        bound = max(1e-6, guess * 1e-3) if steepest <= 1e-15 else (0.01 / steepest) ** (1 / self._order)
+        return min(100 * guess, bound)
+
+    def propose(self) -> Span:
+        target = self._stops[0][0]
+        remaining = target - self.t
+        if self.h >= abs(remaining) * (1 - 1e-9):
+            h, t_next = remaining, target
+        else:
+            # The last two steps share what is left, so that none of them is a sliver.
+            h = remaining / 2 if self._adapts and 2 * self.h > abs(remaining) else self.sign * self.h
+            t_next = self.t + h
+        h = t_next - self.t
+        times = stage_times(self.scheme, self.layout, t_next, h)
+        bounded = self._aside and bool(self._side or self._stops[0][1])
+        return Span(self.t, t_next, h, self._inside(times, t_next) if bounded else times, bounded)
+
+    def _inside(self, times: Tensor, t_next: float) -> Tensor:
+        """Keep off the jumps at either end of the step: the field is asked just before, and just after."""
+        low = self.start_time() if self._side else None
+        high = None
+        if self._stops[0][1] and t_next == self._stops[0][0]:
+            end = torch.full_like(times[:1], t_next)
+            high = torch.nextafter(end, end - self.sign)
+        if self.sign < 0:
+            low, high = high, low
+        return torch.clamp(times, low, high)
+
+    @property
+    def _adapts(self) -> bool:
+        return self.tolerance.step_size is None
+
+    def judge(self, place: Place, span: Span, attempt: Attempt) -> Verdict:
+        self._n_evals += self._evals_a_step
+        error, ratio, unit = 0.0, None, None
+        if attempt.error is not None and self._adapts:
+            unit = self.tolerance.unit(place.y, attempt.y1)
+            ratio = attempt.error.div_(unit)
+            error = self._norm(ratio, span.h)
+            if attempt.error2 is not None and error:
+                second = self._norm(attempt.error2.div_(unit), span.h)
+                error = error * error / math.sqrt(error * error + 0.01 * second * second)
+        self._error_now = error
+        accepted = error <= 1 or (abs(span.h) <= self.tolerance.min_step and math.isfinite(error))
+        if self._adapts:
+            self._next_step(abs(span.h), error, accepted)
+        if not accepted:
+            self._reject(error)
+            return Verdict(0.0, None, False, math.isfinite(error))
+        self._n_steps += 1
+        self._evals_a_step = self.scheme.n_stages - int(self.scheme.tableau.fsal)
+        self._last_step, self._last_error = abs(span.h), error
+        jumped = self._arrive(span.t_next)
+        if self.running and self._n_steps + self._n_rejected >= self.tolerance.max_num_steps:
+            self._stop(Status.MAX_STEPS)
+        return Verdict(span.h, None, True, True, jumped, ratio, unit)
+
+    def _reject(self, error: float) -> None:
+        self._n_rejected += 1
+        self._evals_a_step = self.scheme.n_stages - 1  # the first stage is known
+        if self._n_steps + self._n_rejected >= self.tolerance.max_num_steps:
+            self._stop(Status.MAX_STEPS)
+        if self.h <= 4 * torch.finfo(torch.float64).eps * max(abs(self.t), abs(self.t1)) or (
+            not math.isfinite(error) and self.h <= self.tolerance.min_step
+        ):
+            self._stop(Status.STEP_UNDERFLOW if math.isfinite(error) else Status.NON_FINITE)
+
+    def _arrive(self, t_next: float) -> bool:
+        """Go on to ``t_next``; whether the field jumps there."""
+        self.t, self._side = t_next, 0.0
+        if t_next != self._stops[0][0]:
+            return False
+        _, jumps = self._stops.pop(0)
+        self.landing = None, self.landing[1] + 1
+        self.running = bool(self._stops)
+        self._side = float(jumps and self._aside)
+        if jumps:
+            self._n_evals += int(self.scheme.tableau.fsal)
+        return jumps
+
+    def _stop(self, status: Status) -> None:
+        self._status, self.running = status, False
+
+    def stop_all(self, status: Status) -> None:
+        """End the solve here."""
+        self._stop(status)
+
+    def _next_step(self, h: float, error: float, accepted: bool) -> None:
+        if not math.isfinite(error):
+            factor = SMALLEST
+        elif not accepted:
+            factor = max(SMALLEST, SAFETY * error ** (-1 / self._order))
+        else:
+            growth = SAFETY * max(error, 1e-10) ** (-0.7 / self._order) * self._error ** (0.4 / self._order)
+            factor = min(max(growth, SMALLEST), 1.0 if self._was_rejected else LARGEST)
+            self._error = max(error, 1e-4)
+        self._was_rejected = not accepted
+        self.h = h * factor
+        self._bound()
+
+    def stats(self, y: Tensor) -> Stats:
+        rows = self.layout.leave(y)
+        n, device = len(rows), y.device
+
+        def column(value: float, dtype: torch.dtype) -> Tensor:
+            return torch.full((n,), value, dtype=dtype, device=device)
+
+        status = column(self._status, torch.int8)
+        success = self._status in (Status.SUCCESS, Status.EVENT)
+        if success and not bool(torch.isfinite(rows.sum())):
+            status.masked_fill_(~torch.isfinite(rows).all(dim=1), Status.NON_FINITE)
+            success = not bool(status.any())
+        return Stats(
+            status,
+            column(self._n_evals, torch.int64),
+            column(self._n_steps, torch.int64),
+            column(self._n_rejected, torch.int64),
+            column(self.t, time_dtype_of(device)),
+            column(self._last_step if success else self.h, torch.float64),
+            column(self._error_now, torch.float64),
+            self._proposal(),
+            success,
+        )
+
+    def _proposal(self) -> float:
+        """The longest step that the last one's error would have allowed."""
+        return float(self._last_step * (SAFETY / max(self._last_error, 1e-10)) ** (1 / self._order))
