@@ -179,7 +179,7 @@ class MLPField(nn.Module):
 
     def trainable(self) -> tuple[Tensor, ...]:
         """All parameters, in the order of :meth:`accumulate`."""
-        return tuple(self.parameters())
+        return tuple(parameter for layer in self.layers for parameter in (layer.weight, layer.bias))  # type: ignore[misc]
 
     def kernel(self, y0: Tensor, *, padded: bool, shared_times: bool) -> MLPKernel | None:
         """What evaluates the network for a batch like ``y0`` in the solver's memory; None if that is not all it does."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from skode.fields.activations import Activation
 from skode.solver.arena import Block, Lease, empty, lease, numbers, tensor_bytes
-from skode.solver.kernels import Kernel, WayBack
+from skode.solver.kernels import Cotangents, Kernel, WayBack
 from skode.solver.layout import ColumnLayout
 
 
@@ -44,15 +45,18 @@ class _Slots(Block):
         if kernel.uses_time:
             t = self.first[..., layout.d : layout.d + 1, :]
         super().__init__(states.unbind(0), empty((n_slots, *layout.state), like), t)
-        self._states, self._n_extra = states if lead else None, extra
+        self._states = states if lead else None
+        self._values = [x[..., :-extra, :] for x in self.inner]
+        self._saved: dict[tuple[int, int], list[Tensor]] = {}
+        self._inputs: dict[tuple[int, int], list[Tensor]] = {}
         self.copies = [x[..., : layout.d, :] for x in self.first] if lead else None
         # The time is an input of every layer: set once a step where each slot has inputs of its own.
         rows = [x[..., -2:-1, :] for x in self.inner] if t is not None else []
         self._kept_times, self.shared_times = (rows, []) if keep else ([], [x[0] for x in rows])
         self.layers = [self._products(kernel, slot) for slot in range(n_slots)]
 
-    def _products(self, kernel: MLPKernel, slot: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Of each layer: its input, where its product goes, and where its activation goes."""
+    def _products(self, kernel: MLPKernel, slot: int) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor, Tensor]:
+        """Of each hidden layer its input, where its product goes, and its activation; the last one's input and product."""
         products = []
         x = self.first[slot]
         for layer, width in enumerate(kernel.widths):
@@ -64,23 +68,32 @@ class _Slots(Block):
                 before = self.before[layer][slot % len(self.before[layer])]
             products.append((x, before, value))
             x = after
-        products.append((x, self.f[slot], self.f[slot]))
-        return products
+        return products, x, self.f[slot]
 
-    def saved(self, layer: int) -> Tensor:
-        """What layer's activation remembers, for all slots."""
-        if self.before and len(self.before[layer]) > 1:
-            return self.before[layer]
-        inner = self.inner[layer]
-        return inner[..., : -self._n_extra, :]
+    def saved(self, first: int, n: int) -> list[Tensor]:
+        """What the layers' activations remember of the slots from ``first`` on."""
+        key = first, n
+        found = self._saved.get(key)
+        if found is None:
+            sources = self.before if self.before and len(self.before[0]) > 1 else self._values
+            found = self._saved[key] = [source[first : first + n] for source in sources]
+        return found
+
+    def inputs(self, first: int, n: int) -> list[Tensor]:
+        """The layers' transposed inputs of the slots from ``first`` on, the slots' axis flat."""
+        key = first, n
+        found = self._inputs.get(key)
+        if found is None:
+            found = self._inputs[key] = [x[first : first + n].flatten(0, -3).mT for x in (self.first, *self.inner)]
+        return found
 
     def set_times(self, first: int, times: Tensor) -> None:
         super().set_times(first, times)
         for row in self._kept_times:
             row[first : first + len(times)] = times
 
-    @property
-    def nbytes(self) -> int:
+    @cached_property
+    def nbytes(self) -> int:  # type: ignore[override]
         own = [] if self._states is None else [self._states]
         return tensor_bytes([self.first, *self.inner, *self.before, self.F, *own])
 
@@ -146,8 +159,8 @@ class MLPKernel(Kernel):
         for time in block.shared_times:
             time.copy_(block.t[slot])  # type: ignore[index]
         product, activate = self.product, self.activation.into
-        *hidden, (last, _, value) = block.layers[slot]
-        for weight, (x, before, after) in zip(self.weights, hidden, strict=False):
+        hidden, last, value = block.layers[slot]
+        for weight, (x, before, after) in zip(self.weights, hidden):  # noqa: B905, the last weight's turn comes after
             product(weight, x, out=before)
             activate(before, out=after)
         product(self.weights[-1], last, out=value)
@@ -163,55 +176,77 @@ class MLPKernel(Kernel):
         return x
 
     def way_back(self, n_stages: int) -> MLPWayBack:
-        key = (self._key, n_stages)
         state, lead, n = self.layout.state, self.layout.lead, self.layout.n_columns
-        n_hidden = sum(self.widths) * n * (self.layout.n_groups or 1)
-        n_numbers = (2 * n_stages + 1) * numbers(state) + 2 * n_stages * n_hidden
+        hidden = [(*lead, width, n) for width in self.widths]
+        weights = [tuple(weight.shape) for weight in self.weights]
+        n_numbers = (2 * n_stages + 2) * numbers(state)
+        n_numbers += n_stages * (2 * sum(map(numbers, hidden)) + sum(map(numbers, weights)))
         held = lease(
-            (key, "back"),
-            lambda: _Cotangents(self.like, n_stages, state, [(*lead, width, n) for width in self.widths]),
+            (self._key, "back", n_stages),
+            lambda: _LayerCotangents(self.like, n_stages, state, hidden, weights),
             n_numbers * self.like.element_size(),
         )
         return MLPWayBack(self, held)
 
 
-class _Cotangents:
-    """Room for one step's cotangents: of the values A, the states V, the layers, and the activations' slopes."""
+class _LayerCotangents(Cotangents):
+    """Room for one step's cotangents, those of the layers and the activations' slopes, and the weights' gradients."""
 
-    def __init__(self, like: Tensor, n_stages: int, state: Sequence[int], hidden: Sequence[Sequence[int]]) -> None:
-        self.V = torch.zeros((n_stages + 1, *state), dtype=like.dtype, device=like.device)
-        self.A = empty((n_stages, *state), like)
+    def __init__(
+        self,
+        like: Tensor,
+        n_stages: int,
+        state: Sequence[int],
+        hidden: Sequence[Sequence[int]],
+        weights: Sequence[Sequence[int]],
+    ) -> None:
+        super().__init__(like, n_stages, state)
+        self.totals = [empty((n_stages, *shape), like) for shape in weights]
+        self._stages: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
         self.deltas = [empty((n_stages, *shape), like) for shape in hidden]
         self.slopes = [empty((n_stages, *shape), like) for shape in hidden]
-        self.a = list(self.A.unbind(0))
-        by_stage = zip(*(zip(d.unbind(0), s.unbind(0), strict=True) for d, s in zip(self.deltas, self.slopes, strict=True)), strict=True)
-        self.layers: list[Any] = [list(reversed(layers)) for layers in by_stage] or [[] for _ in range(n_stages)]
+        # Of each stage, from the last layer to the first: where the layer's cotangent goes, and its slope.
+        self.layers = [
+            [(delta[i], slope[i]) for delta, slope in zip(reversed(self.deltas), reversed(self.slopes), strict=True)]
+            for i in range(n_stages)
+        ]
+
+    def stages(self, low: int, high: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The weights' gradients and the layers' cotangents of some stages, the stages' axis flat."""
+        key = low, high
+        found = self._stages.get(key)
+        if found is None:
+            found = self._stages[key] = (
+                [total[low:high].flatten(0, -3) for total in self.totals],
+                [delta[low:high].flatten(0, -3) for delta in (*self.deltas, self.A)],
+            )
+        return found
 
 
 class MLPWayBack(WayBack):
     """Pulls cotangents through an :class:`MLPKernel`'s slots."""
 
-    def __init__(self, kernel: MLPKernel, held: Lease[_Cotangents]) -> None:
-        self._held, room = held, held.memory
-        room.V.zero_()
-        super().__init__(room.V, room.a)
-        self._kernel, self._room = kernel, room
+    room: _LayerCotangents
+
+    def __init__(self, kernel: MLPKernel, held: Lease[_LayerCotangents]) -> None:
+        super().__init__(held.memory)
+        self._held, self._kernel = held, kernel
         self._transposed = [weight[..., : -kernel.n_extra].mT for weight in reversed(kernel.weights)]
-        self._totals: list[Tensor] | None = None
+        self._n_stages, self._curved = len(held.memory.A), kernel.activation.derivative is not None
+        for total in held.memory.totals:
+            total.zero_()
 
     def begin_step(self, block: _Slots, first: int, h: Any) -> None:
         derivative = self._kernel.activation.derivative
-        if derivative is None:
-            return
-        for layer, slopes in enumerate(self._room.slopes):
-            derivative(block.saved(layer)[first : first + len(slopes)], out=slopes)
+        if derivative is not None:
+            for saved, slopes in zip(block.saved(first, self._n_stages), self.room.slopes, strict=True):
+                derivative(saved, out=slopes)
 
     def pull(self, block: _Slots, first: int, i: int, out: Tensor, time: bool) -> Tensor | None:
-        product, delta = self._kernel.product, self.a[i]
-        curved = self._kernel.activation.derivative is not None
-        for transposed, (following, slope) in zip(self._transposed, self._room.layers[i], strict=False):
+        product, delta = self._kernel.product, self.room.a[i]
+        for transposed, (following, slope) in zip(self._transposed, self.room.layers[i]):  # noqa: B905, as above
             product(transposed, delta, out=following)
-            if curved:
+            if self._curved:
                 following.mul_(slope)
             delta = following
         product(self._transposed[-1], delta, out=out)
@@ -219,34 +254,19 @@ class MLPWayBack(WayBack):
 
     def _time_cotangent(self, i: int) -> Tensor:
         kernel = self._kernel
-        total = self.a[i].new_zeros(kernel.layout.row)
+        total = self.room.a[i].new_zeros(kernel.layout.row)
         if kernel.uses_time:
-            deltas = [delta[i] for delta in self._room.deltas] + [self.a[i]]
+            deltas = [delta[i] for delta in self.room.deltas] + [self.room.a[i]]
             for weight, delta in zip(kernel.weights, deltas, strict=True):
                 total += kernel.product(weight[..., -2:-1].mT, delta)
         return total
 
-    def accumulate(self, block: _Slots, first: int, stages: range) -> None:
-        if not len(stages):
-            return
-        if self._totals is None:
-            n = len(self._room.A)
-            self._totals = [w.new_zeros((n, *w.shape)) for w in self._kernel.weights]
-        low, high = stages.start, stages.stop
-        inputs = (block.first, *block.inner)
-        for total, delta, x in zip(self._totals, (*self._room.deltas, self._room.A), inputs, strict=True):
-            own = total[low:high].flatten(0, -3)
-            torch.baddbmm(
-                own,
-                delta[low:high].flatten(0, -3),
-                x[first + low : first + high].flatten(0, -3).mT,
-                out=own,
-            )
+    def accumulate(self, block: _Slots, first: int, low: int, high: int) -> None:
+        totals, deltas = self.room.stages(low, high)
+        for total, delta, x in zip(totals, deltas, block.inputs(first + low, high - low), strict=True):
+            torch.baddbmm(total, delta, x, out=total)
 
     def gradients(self) -> tuple[Tensor, ...]:
         """Weights (with the time's), then bias, layer by layer."""
-        gradients: list[Tensor] = []
-        for i, weight in enumerate(self._kernel.weights):
-            total = torch.zeros_like(weight) if self._totals is None else self._totals[i].sum(dim=0)
-            gradients += [total[..., :-1].contiguous(), total[..., -1].contiguous()]
-        return tuple(gradients)
+        sums = [total.sum(dim=0) for total in self.room.totals]
+        return tuple(part for total in sums for part in (total[..., :-1], total[..., -1]))

@@ -68,7 +68,9 @@ class _Quadrature(Record):
         block = self._scratch.memory
         return block, stepper.n_slots if place is not None and place.slot < stepper.n_slots else 0
 
-    def advance(self, stepper: Stepper, place: Place, span: Span, attempt: Attempt, verdict: Verdict, own: bool) -> Place:
+    def advance(
+        self, stepper: Stepper, place: Place, span: Span, attempt: Attempt, verdict: Verdict, own: bool
+    ) -> Place:
         self._add(stepper, place, span, verdict)
         following = super().advance(stepper, place, span, attempt, verdict, own)
         tapes: list[Any] = place.block.tapes  # type: ignore[attr-defined]
@@ -98,11 +100,9 @@ class _Quadrature(Record):
         if not verdict.finite:
             # Rows that stay are linearised where they stand: what was tried for them need not be finite.
             step = Step(span, verdict.h, verdict.accept, True, None, 0)
-            stepper.attempt(place, effective(stepper, step), True)
+            stepper.attempt(place, effective(step), True)
         tapes = place.block.tapes[place.slot :]  # type: ignore[attr-defined]
-        used = [
-            (tape, -b * verdict.h) for tape, b in zip(tapes, stepper.scheme.tableau.b, strict=False) if b != 0
-        ]
+        used = [(tape, -b * verdict.h) for tape, b in zip(tapes, stepper.scheme.tableau.b, strict=False) if b != 0]
         gradients = self.dynamics.accumulate([tape for tape, _ in used], [weight for _, weight in used])
         self.total = tuple(sum_ + new for sum_, new in zip(self.total, gradients, strict=True))
 

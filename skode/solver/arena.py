@@ -39,15 +39,15 @@ class Block:
         self.f = list(F.unbind(0))
         self.y_flat = [state.view(-1) for state in self.y]
         self._flat = F.view(self.n_slots, -1)
-        self._stacks: dict[tuple[int, int], Tensor] = {}
+        self._stacks: dict[tuple[int, int], list[Tensor]] = {}
 
-    def stack(self, first: int, n: int) -> Tensor:
-        """The values of ``n`` slots from ``first`` on, one column each."""
+    def stacks(self, first: int, n: int) -> list[Tensor]:
+        """The values of the 1, 2, ... n slots from ``first`` on, one column each; number 0 of the list is empty."""
         key = first, n
-        stack = self._stacks.get(key)
-        if stack is None:
-            stack = self._stacks[key] = self._flat[first : first + n].t()
-        return stack
+        stacks = self._stacks.get(key)
+        if stacks is None:
+            stacks = self._stacks[key] = [self._flat[first : first + i].t() for i in range(n + 1)]
+        return stacks
 
     def set_times(self, first: int, times: Tensor) -> None:
         """Give the slots from ``first`` on their times."""
@@ -56,8 +56,12 @@ class Block:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the block."""
+        """Bytes of the block's own memory."""
         raise NotImplementedError
+
+    def tape_bytes(self, first: int, n: int) -> int:
+        """Bytes that some slots' evaluations keep elsewhere."""
+        return 0
 
 
 Memory = TypeVar("Memory")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -40,9 +41,9 @@ def tolerance(
     ValueError
         If one of them makes no sense.
     """
-    relative = _per_component("rtol", rtol, y0, n_components)
-    absolute = _per_component("atol", atol, y0, n_components)
-    if bool((torch.as_tensor(relative) + torch.as_tensor(absolute) == 0).any()):
+    relative = _per_component("rtol", rtol, n_components)
+    absolute = _per_component("atol", atol, n_components)
+    if _any_zero(relative, absolute):
         raise ValueError("rtol and atol are both 0; no step could be accepted. Give at least one a positive value.")
     for name, value, low in (("first_step", first_step, 0.0), ("min_step", min_step, 0.0), ("max_step", max_step, 0.0)):
         if value is not None and not (math.isfinite(value) and value >= low):
@@ -52,11 +53,11 @@ def tolerance(
             raise ValueError(f"{name}={limit} must be positive.")
     if max_step is not None and min_step > max_step:
         raise ValueError(f"min_step={min_step} exceeds max_step={max_step}.")
-    # A state of 0 has an error of 0 in any unit but 0.
-    least = torch.finfo(y0.dtype).tiny
     return Tolerance(
         relative if isinstance(relative, float) else relative.to(y0),
-        torch.as_tensor(absolute, dtype=y0.dtype, device=y0.device).clamp(min=least),
+        _scalar(absolute, y0.dtype, y0.device)
+        if isinstance(absolute, float)
+        else absolute.to(y0).clamp(min=torch.finfo(y0.dtype).tiny),
         int(max_num_steps),
         first_step,
         None,
@@ -65,8 +66,22 @@ def tolerance(
     )
 
 
-def _per_component(name: str, value: Any, y0: Tensor, n_components: int) -> float | Tensor:
+def _any_zero(relative: float | Tensor, absolute: float | Tensor) -> bool:
+    total = relative + absolute
+    return bool((total == 0).any()) if isinstance(total, Tensor) else total == 0
+
+
+@lru_cache(maxsize=64)
+def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # A state of 0 has an error of 0 in any unit but 0.
+    with torch.inference_mode(False):
+        return torch.tensor(max(value, torch.finfo(dtype).tiny), dtype=dtype, device=device)
+
+
+def _per_component(name: str, value: Any, n_components: int) -> float | Tensor:
     """A number, or a tensor with one for each component."""
+    if isinstance(value, float) and 0 <= value < math.inf:
+        return value
     numbers = torch.as_tensor(value, dtype=torch.float64).detach()
     if numbers.dim() and numbers.shape != (n_components,):
         raise ValueError(

@@ -56,7 +56,7 @@ class DiscreteGradient:
         return Gradients(
             y0 + g[:, 0],
             None if times_gradient is None else times_gradient.clone(),
-            tuple(gradient.clone() for gradient in parameters),
+            tuple(gradient.clone(memory_format=torch.contiguous_format) for gradient in parameters),
         )
 
 
@@ -119,11 +119,8 @@ class Sweep:
         self._scheme, self._layout = run.stepper.scheme, run.stepper.kernel.layout
         self._n, self._end = self._scheme.n_stages, self._scheme.tableau.end_stage
         self._way = run.stepper.kernel.way_back(self._n)
-        self.lam = self._way.v[self._n].zero_()
-        self._rows = [row[i + 1 :] for i, row in enumerate(self._scheme.back.weights)]
-        self._scaled = torch.empty_like(self._scheme.back.weights)
-        self._scaled_rows = [row[i + 1 :] for i, row in enumerate(self._scaled)]
-        self._new = torch.empty_like(self.lam)
+        self._room = self._way.room
+        self.lam = self._room.v[self._n]
         self._g_error = self._layout.enter_cotangent(g_error.unsqueeze(1)) if run.record.keep_errors else None
         self._carries, self._extras_used = False, False
         self._times = TimeGradients(run) if time else None
@@ -135,19 +132,19 @@ class Sweep:
         kept_back = self._split(step)
         self._way.begin_step(step.block, step.slot, step.h)
         if isinstance(step.h, float):
-            torch.mul(self._scheme.back.weights, step.h, out=self._scaled)
-        top = 0
-        for i in range(self._n - 1, 0, -1):
-            if not (top or self._is_asked(i, asked)):
-                continue
-            top = top or i
-            self._ask(step, i, asked)
-            self._pull(step, i)
+            torch.mul(self._scheme.back.weights, step.h, out=self._room.scaled)
+        top = self._last_asked(asked)
+        if asked is _NOTHING and self._times is None:
+            self._through_stages(step, top)
+        else:
+            for i in range(top, 0, -1):
+                self._ask(step, i, asked)
+                self._pull(step, i)
         if step.own:
             self._ask(step, 0, asked, kept_back)
             self._pull(step, 0)
         if top or step.own:
-            self._way.accumulate(step.block, step.slot, range(0 if step.own else 1, top + 1))
+            self._way.accumulate(step.block, step.slot, 0 if step.own else 1, top + 1)
         if not step.own:
             assert self._end is not None
             # Its place is free again: the step before finds there what its last stage is asked for.
@@ -155,21 +152,41 @@ class Sweep:
         self._carries = not step.own
         self._to_start(step, asked)
 
+    def _through_stages(self, step: Step, top: int) -> None:
+        """What ``_ask`` and ``_pull`` do where nothing comes from outside, which is most of the time."""
+        room, pull, end, mv = self._room, self._way.pull, self._end, torch.mv
+        shared = isinstance(step.h, float)
+        rows = room.scaled_rows if shared else self._scheme.back.rows
+        for i in range(top, 0, -1):
+            if i == end:
+                self._ask(step, i, _NOTHING)
+                self._pull(step, i)
+                continue
+            mv(room.stacks[i + 1], rows[i], out=room.a_flat[i])
+            if not shared:
+                room.a[i].mul_(step.h)
+            pull(step.block, step.slot, i, room.v[i], False)
+
+    def _last_asked(self, asked: _Asked) -> int:
+        """The last stage that has any cotangent; all before it have one then."""
+        for i in range(self._n - 1, 0, -1):
+            if self._is_asked(i, asked):
+                return i
+        return 0
+
     def _is_asked(self, i: int, asked: _Asked) -> bool:
-        """Whether a stage after which nothing was pulled yet has any cotangent."""
         if asked.stages is not None or self._scheme.back.used[i] or (i == self._end and self._carries):
             return True
         return asked.error is not None and self._scheme.tableau.e is not None and self._scheme.tableau.e[i] != 0
 
-    def _ask(
-        self, step: Step, i: int, asked: _Asked, kept_back: Tensor | None = None, into: int | None = None
-    ) -> None:
+    def _ask(self, step: Step, i: int, asked: _Asked, kept_back: Tensor | None = None, into: int | None = None) -> None:
         """Set ``a[i]``: from the states of later stages and the solution, the outputs, the error, and what is carried."""
         h, place = step.h, i if into is None else into
         carried = self._carries and i == self._end
-        a = self._new if carried else self._way.a[place]
-        rows = self._scaled_rows if isinstance(h, float) else self._rows
-        torch.mv(self._way.stack(i + 1), rows[i], out=a.view(-1))
+        room = self._room
+        a, flat = (room.new, room.new_flat) if carried else (room.a[place], room.a_flat[place])
+        rows = room.scaled_rows if isinstance(h, float) else self._scheme.back.rows
+        torch.mv(room.stacks[i + 1], rows[i], out=flat)
         scale = h if isinstance(h, float) else 1.0
         if asked.error is not None and self._scheme.tableau.e is not None:
             a.add_(asked.error, alpha=self._scheme.tableau.e[i] * scale)
@@ -182,10 +199,10 @@ class Sweep:
         if kept_back is not None:
             a.add_(kept_back)
         if carried:
-            self._way.a[i].add_(a)
+            room.a[i].add_(a)
 
     def _pull(self, step: Step, i: int) -> None:
-        out = self._new if i == self._end else self._way.v[i]
+        out = self._room.new if i == self._end else self._room.v[i]
         dt = self._way.pull(step.block, step.slot, i, out, self._times is not None)
         if self._times is not None:
             self._times.note_stage(step, i, dt, out)
@@ -198,16 +215,16 @@ class Sweep:
         if step.accept is None or not self._carries:
             return None
         assert self._end is not None
-        carried = self._way.a[self._end]
+        carried = self._room.a[self._end]
         kept_back = torch.where(step.accept, 0.0, carried)
         carried.mul_(step.accept)
         return kept_back
 
     def _to_start(self, step: Step, asked: _Asked) -> None:
-        torch.mv(self._way.stack(1), self._scheme.back.start[1:], out=self._new.view(-1))
-        self.lam.copy_(self._new)
+        torch.mv(self._room.stacks[1], self._scheme.back.start, out=self._room.new_flat)
+        self.lam.copy_(self._room.new)
         if step.own:
-            self.lam.add_(self._way.v[0])
+            self.lam.add_(self._room.v[0])
         if asked.start is not None:
             self.lam.add_(asked.start)
 
@@ -223,7 +240,7 @@ class Sweep:
         if outputs is None:
             if self._extras_used:
                 self._clear_extras()
-            return _Asked(error, None, None)
+            return _NOTHING if error is None else _Asked(error, None, None)
         inner = ~outputs.at_end
         n, d = self._layout.n, self._layout.d
         at_end = self.lam.new_zeros((n, d)).index_add_(0, outputs.rows, outputs.g * outputs.at_end.unsqueeze(1))
@@ -244,7 +261,7 @@ class Sweep:
     def _clear_extras(self) -> None:
         """Stages that only outputs inside of a step ask for give nothing in a step without any."""
         for i in range(self._scheme.tableau.n_main, self._n):
-            self._way.v[i].zero_()
+            self._room.v[i].zero_()
         self._extras_used = False
 
 
@@ -254,6 +271,9 @@ class _Asked(NamedTuple):
     error: Tensor | None
     stages: list[Tensor] | None
     start: Tensor | None
+
+
+_NOTHING = _Asked(None, None, None)
 
 
 class TimeGradients:
@@ -304,9 +324,7 @@ class TimeGradients:
         ).to(self._own.dtype)
         ends = outputs.at_end & self._edges(step)[1][outputs.rows, 0]
         carried = ends & (outputs.columns == self._last[outputs.rows])
-        self._own.index_put_(
-            (outputs.rows, outputs.columns), torch.where(carried, 0.0, slope), accumulate=True
-        )
+        self._own.index_put_((outputs.rows, outputs.columns), torch.where(carried, 0.0, slope), accumulate=True)
         inner = slope * ~outputs.at_end
         # Outputs at t1 before the last one stay where they are when t1 moves on.
         held = inner + slope * (ends & ~carried)

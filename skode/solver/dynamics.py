@@ -7,7 +7,7 @@ A field that implements :class:`Dynamics` itself (the fields of :mod:`skode.fiel
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -148,8 +148,8 @@ class AutogradDynamics:
 
 def as_dynamics(field: Any) -> Dynamics:
     """``field`` itself where it knows its derivatives, else wrapped for autograd."""
-    if isinstance(field, Dynamics):
-        return field
+    if all(hasattr(field, name) for name in ("linearize", "pull", "accumulate", "trainable")):
+        return cast(Dynamics, field)
     if not callable(field):
         raise FieldError(f"a field is called as field(t, y); got {type(field).__name__}, which cannot be called.")
     return AutogradDynamics(field)

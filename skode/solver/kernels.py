@@ -68,33 +68,47 @@ class Kernel(ABC):
         return (n_slots, 1, 1) if self.shared_times else (n_slots, *self.layout.row)
 
 
+class Cotangents:
+    """Room for the cotangents of one step, and its views.
+
+    ``a[i]`` takes the cotangent of stage i's value, ``v[i]`` then holds the one of its state; the last ``v`` is the
+    new state's. ``scaled`` takes the transposed tableau times a step's length, ``scaled_rows`` are its columns that
+    belong to later stages. ``new`` is a state's room to work in.
+    """
+
+    def __init__(self, like: Tensor, n_stages: int, state: Sequence[int]) -> None:
+        self.V = torch.zeros((n_stages + 1, *state), dtype=like.dtype, device=like.device)
+        self.A = empty((n_stages, *state), like)
+        self.v, self.a, self.new = list(self.V.unbind(0)), list(self.A.unbind(0)), empty(state, like)
+        flat = self.V.view(n_stages + 1, -1)
+        self.stacks = [flat[i:].t() for i in range(n_stages + 1)]
+        self.a_flat, self.new_flat = [x.view(-1) for x in self.a], self.new.view(-1)
+        self.scaled = empty((n_stages, n_stages + 1), like)
+        self.scaled_rows = [row[i + 1 :] for i, row in enumerate(self.scaled)]
+
+
 class WayBack(ABC):
     """Pulls cotangents through the stages of one step after another, and adds up the parameters' gradients.
 
-    ``a[i]`` takes the cotangent of stage i's value, ``v[i]`` then holds the one of its state; the last ``v`` is the
-    new state's. They are rows of ``V``.
+    Parameters
+    ----------
+    room : Cotangents
     """
 
-    def __init__(self, V: Tensor, a: Sequence[Tensor]) -> None:
-        self.V, self.v, self.a = V, list(V.unbind(0)), list(a)
-        self._flat = V.view(len(V), -1)
-        self.a_flat = [x.view(-1) for x in self.a]
-        self._stacks = [self._flat[i:].t() for i in range(len(V))]
-
-    def stack(self, first: int) -> Tensor:
-        """The cotangents of the states from stage ``first`` on, one column each."""
-        return self._stacks[first]
+    def __init__(self, room: Cotangents) -> None:
+        room.V.zero_()
+        self.room = room
 
     def begin_step(self, block: Any, first: int, h: Any) -> None:
         """Prepare for the step whose first slot is given."""
 
     @abstractmethod
     def pull(self, block: Any, first: int, i: int, out: Tensor, time: bool) -> Tensor | None:
-        """From ``a[i]`` to the cotangent of stage i's state; returns the times', one number for each row, if asked."""
+        """From the room's ``a[i]`` to the cotangent of stage i's state; returns the times' (one for each row) if asked."""
 
     @abstractmethod
-    def accumulate(self, block: Any, first: int, stages: range) -> None:
-        """Add the parameters' gradients of stages that were pulled."""
+    def accumulate(self, block: Any, first: int, low: int, high: int) -> None:
+        """Add the parameters' gradients of the stages from ``low`` to before ``high``, which were pulled."""
 
     @abstractmethod
     def gradients(self) -> tuple[Tensor, ...]:
@@ -115,8 +129,10 @@ class TapeBlock(Block):
     @property
     def nbytes(self) -> int:
         assert self.t is not None
-        tapes = sum(tape.nbytes for tape in self.tapes if tape is not None)
-        return tensor_bytes([self._own, self.F, self.t]) + tapes
+        return tensor_bytes([self._own, self.F, self.t])
+
+    def tape_bytes(self, first: int, n: int) -> int:
+        return sum(tape.nbytes for tape in self.tapes[first : first + n] if tape is not None)
 
 
 class TapeKernel(Kernel):
@@ -176,21 +192,18 @@ class TapeWayBack(WayBack):
     """The way back through tapes."""
 
     def __init__(self, kernel: TapeKernel, n_stages: int, like: Tensor) -> None:
-        state = kernel.layout.state
-        super().__init__(torch.zeros((n_stages + 1, *state), dtype=like.dtype, device=like.device), ())
-        self.a = [empty(state, like) for _ in range(n_stages)]
-        self.a_flat = [x.view(-1) for x in self.a]
+        super().__init__(Cotangents(like, n_stages, kernel.layout.state))
         self._dynamics = kernel.dynamics
         self._total: tuple[Tensor, ...] | None = None
 
     def pull(self, block: TapeBlock, first: int, i: int, out: Tensor, time: bool) -> Tensor | None:
         # The tape keeps its cotangent until the parameters' turn comes, so it gets one of its own.
-        dy, dt = self._dynamics.pull(block.tapes[first + i], self.a[i].clone(), time=time)
+        dy, dt = self._dynamics.pull(block.tapes[first + i], self.room.a[i].clone(), time=time)
         out.copy_(dy)
         return dt
 
-    def accumulate(self, block: TapeBlock, first: int, stages: range) -> None:
-        gradients = self._dynamics.accumulate([block.tapes[first + i] for i in stages])
+    def accumulate(self, block: TapeBlock, first: int, low: int, high: int) -> None:
+        gradients = self._dynamics.accumulate(block.tapes[first + low : first + high])
         if self._total is None:
             self._total = gradients
         else:

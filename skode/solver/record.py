@@ -66,7 +66,7 @@ class Record:
     def __post_init__(self) -> None:
         self.leases: list[Lease[Any]] = []
         self._scratch: Lease[Any] | None = None
-        self._n_kept_states = 0
+        self._n_kept_states, self._used = 0, 0
         if self.keep and self.budget <= 0:
             self.stride = 1
 
@@ -86,7 +86,9 @@ class Record:
         block.y[slot].copy_(y)
         return Place(block, slot, False)
 
-    def advance(self, stepper: Stepper, place: Place, span: Span, attempt: Attempt, verdict: Verdict, own: bool) -> Place:
+    def advance(
+        self, stepper: Stepper, place: Place, span: Span, attempt: Attempt, verdict: Verdict, own: bool
+    ) -> Place:
         """Note a step, and say where the next one begins."""
         error = self._note_error(stepper, verdict) if self.keep_errors else None
         if self.wants_steps:
@@ -128,6 +130,7 @@ class Record:
             n_steps = max(1, min(8, BLOCK_BYTES // max(nbytes, 1)))
             lease = stepper.kernel.block(n_steps * (n_slots - 1) + 1, True)
             self.leases.append(lease)
+            self._used += lease.memory.nbytes
             return lease.memory, 0
         if self._scratch is None:
             self._scratch = stepper.kernel.block(2 * stepper.n_slots, False)
@@ -150,8 +153,6 @@ class Record:
             self._keep_states_only(stepper)
         values = None
         n = stepper.scheme.n_stages
-        if not span.bounded:
-            span = span._replace(times=None)
         if self.keep_values and not self.keeps_stages:
             values = place.block.F[place.slot : place.slot + n].clone()
         if self.keeps_stages:
@@ -169,8 +170,10 @@ class Record:
     def _fit(self, stepper: Stepper) -> None:
         """Stay within the budget: half of it for states, half for a stretch of steps computed again."""
         if self.keeps_stages:
-            used = sum(lease.memory.nbytes for lease in self.leases)
-            if used > self.budget:
+            last = self.steps[-1]
+            assert last.block is not None
+            self._used += last.block.tape_bytes(last.slot, stepper.scheme.n_stages)
+            if self._used > self.budget:
                 self._keep_states_only(stepper)
             return
         if self.keep_values:
@@ -179,9 +182,7 @@ class Record:
         longest = max(1, self.budget // 2 // max(1, stepper.kernel.slot_bytes * (stepper.n_slots - 1)))
         while self._n_kept_states * state_bytes > self.budget // 2 and 2 * self.stride <= longest:
             self.stride *= 2
-            self.steps = [
-                step if i % self.stride == 0 else step._replace(y=None) for i, step in enumerate(self.steps)
-            ]
+            self.steps = [step if i % self.stride == 0 else step._replace(y=None) for i, step in enumerate(self.steps)]
             self._n_kept_states = -(-len(self.steps) // self.stride)
 
     def _keep_states_only(self, stepper: Stepper) -> None:

@@ -13,7 +13,7 @@ from skode.solver.control import Verdict
 from skode.solver.integrate import integrate
 from skode.solver.kernels import Kernel
 from skode.solver.record import Record, Step
-from skode.solver.step import Attempt, Place, Span, Stepper, stage_times
+from skode.solver.step import Attempt, Place, Span, Stepper
 
 
 class Replay:
@@ -43,7 +43,7 @@ class Replay:
 
     def propose(self) -> Span:
         step = self._steps[self._index]
-        return effective(self._stepper, step)
+        return effective(step)
 
     def judge(self, place: Place, span: Span, attempt: Attempt) -> Verdict:
         self._index += 1
@@ -66,7 +66,7 @@ def first_time(stepper: Stepper, step: Step) -> Tensor:
     return t.to(like.dtype)  # type: ignore[no-any-return]
 
 
-def effective(stepper: Stepper, step: Step) -> Span:
+def effective(step: Step) -> Span:
     """The span as it counted: rows that stayed have no length."""
     span, h = step.span, step.h
     t_next, times = span.t_next, span.times
@@ -74,9 +74,7 @@ def effective(stepper: Stepper, step: Step) -> Span:
         t_next = torch.where(step.accept, span.t_next, span.t)
         if times is not None:
             times = torch.where(step.accept, times, span.t.to(times.dtype))
-    if times is None:
-        times = stage_times(stepper.scheme, stepper.kernel.layout, t_next, t_next - span.t)
-    return Span(span.t, t_next, h, times, span.bounded)
+    return Span(span.t, t_next, h, times)
 
 
 def replayed(stepper: Stepper, steps: Sequence[Step], dead: Tensor | None) -> tuple[list[Step], list[Lease[Any]]]:

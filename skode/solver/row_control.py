@@ -97,8 +97,10 @@ class RowControl:
             self._aim()
             self._side = torch.zeros_like(self._active) if stops.aside else None
         self._try, self._last = self.h, self._active
-        self._success, self._dirty, self._n_judged = True, False, 0
-        self.running = bool(self._active.any())
+        self._success, self._dirty, self._n_judged, self._n_common = True, False, 0, 0
+        self._n_rows = t0.numel()
+        self._direction: Tensor | None = None
+        self._recount()
 
     def start_time(self) -> Tensor:
         time = self.t.to(self.dtype)
@@ -115,7 +117,7 @@ class RowControl:
             self._dirty = True
             self._status.masked_fill_(~finite, Status.NON_FINITE)
             self._active = self._active & finite
-            self.running = bool(self._active.any())
+            self._recount()
         length = (self._target - self.t).abs()
         given = self.tolerance.step_size or self.tolerance.first_step
         if given is not None:
@@ -149,17 +151,16 @@ class RowControl:
         return torch.minimum(100 * guess, bound)
 
     def propose(self) -> Span:
-        ahead = self._target - self.t
-        remaining = ahead.abs()
+        remaining = (self._target - self.t).abs_()
         # A step that all but arrives goes the whole way: no sliver is left by round-off.
         self._last = torch.ge(self.h, remaining * (1 - 1e-9)).logical_and_(self._active)
         self._try = torch.minimum(self.h, remaining)
-        signed = (self.sign * self._active).mul_(self._try)
-        t_next = torch.where(self._last, self._target, self.t + signed)
+        if self._direction is None:
+            self._direction = self.sign * self._active
+        t_next = torch.where(self._last, self._target, torch.addcmul(self.t, self._try, self._direction))
         h = t_next - self.t
-        times = stage_times(self.scheme, self.layout, t_next, h)
-        bounded = self._side is not None
-        return Span(self.t, t_next, h.to(self.dtype), self._inside(times) if bounded else times, bounded)
+        times = None if self._side is None else self._inside(stage_times(self.scheme, self.layout, t_next, h))
+        return Span(self.t, t_next, h.to(self.dtype), times)
 
     def _inside(self, times: Tensor) -> Tensor:
         """Keep off the jumps at either end of the step: the field is asked just before, and just after."""
@@ -183,25 +184,19 @@ class RowControl:
         if self.tolerance.min_step:
             accept |= self._active & torch.isfinite(norm) & (self._try <= self.tolerance.min_step)
         arrived = accept & self._last
-        finite = torch.isfinite(norm)
-        bad = torch.gt(self._active, finite)
-        n_active, n_accepted, n_arrived, n_bad = (
-            torch.stack([self._active, accept, arrived, bad]).flatten(1).sum(dim=1).tolist()
-        )
-        self._dirty = self._dirty or n_bad > 0
-        self._attempts += self._active
-        self._steps += accept
+        n_accepted, n_arrived = torch.stack([accept, arrived]).flatten(1).sum(dim=1).tolist()
+        everyone, jumped = n_accepted == self._n_active, False
         self._norm_now = norm
-        everyone = bool(n_accepted == n_active)
-        jumped = False
+        self._count(accept, everyone)
         if everyone:
             self._go_on(norm, span, n_arrived)
         else:
-            self._sort_out(norm, span, accept, finite)
+            self._sort_out(norm, span, accept)
         if n_arrived and self._stops is not None:
-            jumped, n_arrived = self._reach(arrived)
-        limited = self._limited()
-        self.running = n_active > n_arrived if everyone and not limited else bool(self._active.any())
+            jumped = self._reach(arrived)
+        self._limit()
+        if n_arrived or not everyone:
+            self._recount()
         if not self.scheme.tableau.fsal:
             self._extra_evals += accept & self._active  # the next step's first stage
         # What a row holds that died must not be touched any more.
@@ -211,13 +206,26 @@ class RowControl:
             parts = torch.where(accept, parts, 0.0)
         return Verdict(h, None if whole else accept, n_accepted > 0, not self._dirty, jumped, parts, unit)
 
+    def _count(self, accept: Tensor, everyone: bool) -> None:
+        if everyone and self._n_active == self._n_rows:
+            self._n_common += 1  # of all rows, a number does
+        else:
+            self._attempts += self._active
+            self._steps += accept
+
+    def _recount(self) -> None:
+        """After rows have retired."""
+        self._n_active, self._direction = int(self._active.sum()), None
+        self.running = self._n_active > 0
+
     def _go_on(self, norm: Tensor, span: Span, n_arrived: int) -> None:
         """All rows that wanted to have gone on."""
         self.t = span.t_next
         if self.tolerance.step_size is None:
             tables = self._tables
             bucket = torch.bucketize(norm, tables.edges)
-            growth = tables.proportional[bucket].mul_(tables.integral[self._previous]).clamp_(SMALLEST, LARGEST)
+            growth = torch.take(tables.proportional, bucket).mul_(torch.take(tables.integral, self._previous))
+            growth.clamp_(SMALLEST, LARGEST)
             if self._was_rejected is not None:
                 growth = torch.where(self._was_rejected, growth.clamp(max=1.0), growth)
                 self._was_rejected = None
@@ -227,14 +235,16 @@ class RowControl:
         if n_arrived and self._stops is None:
             self._active = self._active & ~self._last
 
-    def _sort_out(self, norm: Tensor, span: Span, accept: Tensor, finite: Tensor) -> None:
+    def _sort_out(self, norm: Tensor, span: Span, accept: Tensor) -> None:
         """Some rows were rejected: they try again, or stop; a failed row keeps its last good state."""
-        active = self._active
+        active, finite = self._active, torch.isfinite(norm)
+        self._dirty = self._dirty or bool((active & ~finite).any())
         self.t = torch.where(accept, span.t_next, self.t)
         if self.tolerance.step_size is None:
             tables = self._tables
             bucket = torch.bucketize(norm, tables.edges)
-            growth = tables.proportional[bucket].mul_(tables.integral[self._previous]).clamp_(SMALLEST, LARGEST)
+            growth = torch.take(tables.proportional, bucket).mul_(torch.take(tables.integral, self._previous))
+            growth.clamp_(SMALLEST, LARGEST)
             if self._was_rejected is not None:
                 growth = torch.where(self._was_rejected, growth.clamp(max=1.0), growth)
             factor = torch.where(accept, growth, tables.rejected[bucket])
@@ -253,7 +263,7 @@ class RowControl:
             self._active &= ~(accept & self._last)
         self._success = self._success and not bool(stuck.any())
 
-    def _reach(self, arrived: Tensor) -> tuple[bool, int]:
+    def _reach(self, arrived: Tensor) -> bool:
         """Rows that came to a stop take the next one; those that came to the end retire."""
         assert self._stops is not None
         jumps = arrived & self._of_stop(self._stops.jumps)
@@ -263,10 +273,10 @@ class RowControl:
         self.landing = arrived, self.stop_number
         self._aim()
         self._active = self._active & ~ended
-        n_jumped, n_ended = torch.stack([jumps, ended]).flatten(1).sum(dim=1).tolist()
-        if n_jumped and self.scheme.tableau.fsal:
+        jumped = bool(jumps.any())
+        if jumped and self.scheme.tableau.fsal:
             self._extra_evals += jumps
-        return n_jumped > 0, n_ended
+        return jumped
 
     def _aim(self) -> None:
         """Every row takes the first stop that it has not passed."""
@@ -278,30 +288,31 @@ class RowControl:
     def _of_stop(self, x: Tensor) -> Tensor:
         return x.gather(0, self.stop_number.unsqueeze(0))[0]
 
-    def _limited(self) -> bool:
-        """Retire rows that have used up their steps; whether there may be some."""
+    def _limit(self) -> None:
+        """Retire rows that have used up their steps."""
         limit = self.tolerance.max_num_steps
         self._n_judged += 1
         if self._n_judged < limit:
-            return False
-        spent = self._active & (self._attempts >= limit)
+            return
+        spent = self._active & (self._attempts + self._n_common >= limit)
         if bool(spent.any()):
             self._status.masked_fill_(spent, Status.MAX_STEPS)
             self._active = self._active & ~spent
             self._success = False
-        return True
+            self._recount()
 
     def stop(self, rows: Tensor, status: Status) -> None:
         """End the solve of rows here."""
         self._status.masked_fill_(rows, status)
         self._active = self._active & ~rows
-        self.running = bool(self._active.any())
+        self._recount()
 
     def stats(self, y: Tensor) -> Stats:
         def column(x: Tensor) -> Tensor:
             return self.layout.leave(x).reshape(-1)
 
-        status, steps, attempts = column(self._status), column(self._steps), column(self._attempts)
+        status = column(self._status)
+        steps, attempts = column(self._steps) + self._n_common, column(self._attempts) + self._n_common
         evals = column(self._extra_evals) + attempts * (self.scheme.n_stages - 1)
         next_step = float(torch.minimum(self.h, self._length).mean()) if self._status.numel() else 0.0
         return Stats(

@@ -42,7 +42,8 @@ def run(problem: Problem, record: Record, y0: Tensor, times: Tensor) -> Run:
     return Run(times, y, error, stats, stepper, record, knots, dense)
 
 
-def _integrate(problem: Problem, stepper: Stepper, record: Record, y0: Tensor, t0: Tensor, t1: Tensor
+def _integrate(
+    problem: Problem, stepper: Stepper, record: Record, y0: Tensor, t0: Tensor, t1: Tensor
 ) -> tuple[Tensor, Stats]:
     with stepper.kernel.computing():
         control = problem.control(stepper, t0, t1)
@@ -104,5 +105,3 @@ class Solve(torch.autograd.Function):
         _ = ctx.saved_tensors
         gradients = ctx.strategy.backward(ctx.problem, ctx.run, g.contiguous(), g_error, ctx.needs_input_grad[4])
         return None, None, None, gradients.y0, gradients.times, *gradients.parameters
-
-

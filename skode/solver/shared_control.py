@@ -112,9 +112,10 @@ class SharedControl:
             h = remaining / 2 if self._adapts and 2 * self.h > abs(remaining) else self.sign * self.h
             t_next = self.t + h
         h = t_next - self.t
-        times = stage_times(self.scheme, self.layout, t_next, h)
-        bounded = self._aside and bool(self._side or self._stops[0][1])
-        return Span(self.t, t_next, h, self._inside(times, t_next) if bounded else times, bounded)
+        times = None
+        if self._aside and (self._side or self._stops[0][1]):
+            times = self._inside(stage_times(self.scheme, self.layout, t_next, h), t_next)
+        return Span(self.t, t_next, h, times)
 
     def _inside(self, times: Tensor, t_next: float) -> Tensor:
         """Keep off the jumps at either end of the step: the field is asked just before, and just after."""
@@ -201,27 +202,18 @@ class SharedControl:
 
     def stats(self, y: Tensor) -> Stats:
         rows = self.layout.leave(y)
-        n, device = len(rows), y.device
-
-        def column(value: float, dtype: torch.dtype) -> Tensor:
-            return torch.full((n,), value, dtype=dtype, device=device)
-
-        status = column(self._status, torch.int8)
         success = self._status in (Status.SUCCESS, Status.EVENT)
+        status = torch.full((len(rows),), self._status, dtype=torch.int8, device=y.device)
         if success and not bool(torch.isfinite(rows.sum())):
             status.masked_fill_(~torch.isfinite(rows).all(dim=1), Status.NON_FINITE)
             success = not bool(status.any())
-        return Stats(
-            status,
-            column(self._n_evals, torch.int64),
-            column(self._n_steps, torch.int64),
-            column(self._n_rejected, torch.int64),
-            column(self.t, time_dtype_of(device)),
-            column(self._last_step if success else self.h, torch.float64),
-            column(self._error_now, torch.float64),
-            self._proposal(),
-            success,
-        )
+        counts = torch.tensor([self._n_evals, self._n_steps, self._n_rejected], device=y.device)
+        last = self._last_step if success else self.h
+        numbers = torch.tensor([self.t, last, self._error_now], dtype=time_dtype_of(y.device), device=y.device)
+        # All rows share them: one number stands for all.
+        n_evals, n_steps, n_rejected = counts.unsqueeze(1).expand(-1, len(rows)).unbind(0)
+        t, h, norm = numbers.unsqueeze(1).expand(-1, len(rows)).unbind(0)
+        return Stats(status, n_evals, n_steps, n_rejected, t, h, norm, self._proposal(), success)
 
     def _proposal(self) -> float:
         """The longest step that the last one's error would have allowed."""

@@ -154,9 +154,7 @@ def solve(
     )
 
 
-def _solved(
-    problem: Problem, strategy: GradientStrategy, y0: Tensor, times: Tensor
-) -> tuple[Run, Tensor, Tensor]:
+def _solved(problem: Problem, strategy: GradientStrategy, y0: Tensor, times: Tensor) -> tuple[Run, Tensor, Tensor]:
     """The run, and its outputs and errors with their graph."""
     parameters = problem.dynamics.trainable()
     if torch.is_grad_enabled() and any(x.requires_grad for x in (y0, times, *parameters)):

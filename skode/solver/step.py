@@ -23,14 +23,13 @@ class Span(NamedTuple):
 
     Numbers where all rows share them, else tensors of one number for each row. ``h`` is ``t_next - t``, a number or in
     the state's dtype; ``times`` are the stages' times after the first, ``(n_stages - 1, ...)``, in the state's dtype,
-    ``bounded`` if they keep off a jump. A record drops those that are not: :func:`stage_times` gives them again.
+    where they keep off a jump, else None: they are those of :func:`stage_times` then.
     """
 
     t: Any
     t_next: Any
     h: Any
     times: Tensor | None
-    bounded: bool = False
 
 
 def stage_times(scheme: Scheme, layout: Layout, t_next: Any, length: Any) -> Tensor:
@@ -76,12 +75,13 @@ class Scheme:
 class Back(NamedTuple):
     """The transposed tableau: what stage i's value gives to later stages' states and to the new state.
 
-    Row i of ``weights`` has one column for each stage and one for the new state. A stage that is the field at the new
-    state itself gives what it asks of its state to the new state: its column is empty. ``start`` adds up what the
-    step's first state gets, but for the first stage's part.
+    Row i of ``weights`` has one column for each stage and one for the new state; ``rows`` are those columns of it that
+    belong to later stages. A stage that is the field at the new state itself gives what it asks of its state to the new
+    state: its column is empty. ``start`` adds up what the step's first state gets, but for the first stage's part.
     """
 
     weights: Tensor
+    rows: tuple[Tensor, ...]
     start: Tensor
     used: tuple[bool, ...]
 
@@ -94,7 +94,11 @@ def time_dtype_of(device: torch.device) -> torch.dtype:
 @lru_cache(maxsize=128)
 def make_scheme(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Scheme:
     """The scheme of a tableau, made once for each dtype and device."""
+    with torch.inference_mode(False):
+        return _scheme(tableau, dtype, device)
 
+
+def _scheme(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Scheme:
     def tensor(values: Any, dtype: torch.dtype = dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
@@ -120,7 +124,9 @@ def _back(tableau: Tableau, tensor: Any) -> Back:
         start[end] = 0.0
         for row in weights:
             row[end] = 0.0
-    return Back(tensor(weights), tensor(start), tuple(any(row) for row in weights))
+    table = tensor(weights)
+    rows = tuple(row[i + 1 :] for i, row in enumerate(table))
+    return Back(table, rows, tensor(start)[1:], tuple(any(row) for row in weights))
 
 
 class Attempt(NamedTuple):
@@ -172,35 +178,48 @@ class Stepper:
     def attempt(self, place: Place, span: Span, keep: bool) -> Attempt:
         """Take one step from a place where the field is known; ``keep`` what going back will need."""
         block, first = place.block, place.slot
-        assert span.times is not None
-        block.set_times(first + 1, span.times)
+        if block.t is not None:
+            times = span.times
+            if times is None:
+                times = stage_times(self.scheme, self.kernel.layout, span.t_next, span.t_next - span.t)
+            block.set_times(first + 1, times)
         self.kernel.begin_step(block, first, span.h)
-        combine = self._shared if isinstance(span.h, float) else self._by_row
-        h = span.h
-        evaluate, a = self.kernel.evaluate, self.scheme.a
-        for i in range(1, self.scheme.n_stages):
-            combine(block, first, i, a[i - 1], h)
+        if isinstance(span.h, float):
+            self._stages_shared(block, first, span.h, keep)
+        else:
+            self._stages_by_row(block, first, span.h, keep)
+        return Attempt(block.y[first + self.scheme.end], *self._errors(block, first))
+
+    def _stages_shared(self, block: Block, first: int, h: float, keep: bool) -> None:
+        """One step length for all rows goes into the weights."""
+        evaluate, y, start = self.kernel.evaluate, block.y_flat, block.y_flat[first]
+        stacks, addmv = block.stacks(first, self.scheme.n_stages), torch.addmv
+        for i, weights in enumerate(self.scheme.a, start=1):
+            addmv(start, stacks[i], weights, alpha=h, out=y[first + i])
             evaluate(block, first + i, keep)
         if self.scheme.tableau.end_stage is None:
-            combine(block, first, self.scheme.end, self.scheme.b, h)
-        return Attempt(block.y[first + self.scheme.end], *self._errors(block, first))
+            addmv(start, stacks[-1], self.scheme.b, alpha=h, out=y[first + self.scheme.end])
+
+    def _stages_by_row(self, block: Block, first: int, h: Tensor, keep: bool) -> None:
+        evaluate, y, start = self.kernel.evaluate, block.y, block.y[first]
+        stacks, mv, addcmul = block.stacks(first, self.scheme.n_stages), torch.mv, torch.addcmul
+        if self._sum is None:
+            self._sum = torch.empty_like(start)
+            self._sum_flat = self._sum.view(-1)
+        total, flat = self._sum, self._sum_flat
+        for i, weights in enumerate(self.scheme.a, start=1):
+            mv(stacks[i], weights, out=flat)
+            addcmul(start, h, total, out=y[first + i])
+            evaluate(block, first + i, keep)
+        if self.scheme.tableau.end_stage is None:
+            mv(stacks[-1], self.scheme.b, out=flat)
+            addcmul(start, h, total, out=y[first + self.scheme.end])
 
     def _errors(self, block: Block, first: int) -> tuple[Tensor | None, Tensor | None]:
         if not self._error:
             return None, None
-        stack = block.stack(first, self.scheme.n_stages)
+        stack = block.stacks(first, self.scheme.n_stages)[-1]
         for estimate, weights in zip(self._error, (self.scheme.e, self.scheme.e2), strict=False):
             assert weights is not None
             torch.mv(stack, weights, out=estimate.view(-1))
         return self._error[0], self._error[1] if len(self._error) > 1 else None
-
-    @staticmethod
-    def _shared(block: Block, first: int, i: int, weights: Tensor, h: float) -> None:
-        stack = block.stack(first, len(weights))
-        torch.addmv(block.y_flat[first], stack, weights, alpha=h, out=block.y_flat[first + i])
-
-    def _by_row(self, block: Block, first: int, i: int, weights: Tensor, h: Tensor) -> None:
-        if self._sum is None:
-            self._sum = torch.empty_like(block.y[first])
-        torch.mv(block.stack(first, len(weights)), weights, out=self._sum.view(-1))
-        torch.addcmul(block.y[first], h, self._sum, out=block.y[first + i])
