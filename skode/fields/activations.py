@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -35,37 +34,15 @@ class Activation:
         Whether ``saved`` is the output (else the input).
     into : callable
         ``into(x, out)``, the same as ``forward`` into memory that is there.
-    derivative : callable or None
-        ``derivative(saved, out)``; None means that it is 1.
+    backward_ : callable
+        ``backward_(a, saved)``, the same as ``backward`` in the cotangent's place.
     """
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
     saves_output: bool
     into: Into
-    derivative: Into | None
-
-
-@lru_cache(maxsize=16)
-def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.ones((), dtype=dtype, device=device)
-
-
-def _tanh_slope(y: Tensor, out: Tensor) -> None:
-    torch.addcmul(_one(y.dtype, y.device), y, y, value=-1, out=out)
-
-
-def _logistic_slope(y: Tensor, out: Tensor) -> None:
-    torch.addcmul(y, y, y, value=-1, out=out)
-
-
-def _step(y: Tensor, out: Tensor) -> None:
-    torch.heaviside(y, torch.zeros((), dtype=y.dtype, device=y.device), out=out)
-
-
-def _silu_slope(x: Tensor, out: Tensor) -> None:
-    gate = torch.sigmoid(x)
-    torch.addcmul(gate, x, torch.addcmul(gate, gate, gate, value=-1), out=out)
+    backward_: Callable[[Tensor, Tensor], object]
 
 
 def _relu_into(x: Tensor, out: Tensor) -> None:
@@ -80,27 +57,49 @@ def _softplus_into(x: Tensor, out: Tensor) -> None:
     _ops.softplus.out(x, out=out)
 
 
-def _softplus_slope(x: Tensor, out: Tensor) -> None:
-    torch.sigmoid(x, out=out)
-
-
 def _copy_into(x: Tensor, out: Tensor) -> None:
     if out is not x:
         out.copy_(x)
 
 
+_tanh_backward = _ops.tanh_backward.grad_input
+_logistic_backward = _ops.sigmoid_backward.grad_input
+_relu_backward = _ops.threshold_backward.grad_input
+_silu_backward = _ops.silu_backward.grad_input
+_softplus_backward = _ops.softplus_backward.grad_input
+
 ACTIVATIONS: dict[str, Activation] = {
-    "identity": Activation(lambda x: x, lambda a, _: a, True, _copy_into, None),
-    "tanh": Activation(torch.tanh, _ops.tanh_backward, True, torch.tanh, _tanh_slope),
-    "logistic": Activation(torch.sigmoid, _ops.sigmoid_backward, True, torch.sigmoid, _logistic_slope),
-    "relu": Activation(torch.relu, lambda a, y: _ops.threshold_backward(a, y, 0), True, _relu_into, _step),
-    "silu": Activation(torch.nn.functional.silu, _ops.silu_backward, False, _silu_into, _silu_slope),
+    "identity": Activation(lambda x: x, lambda a, _: a, True, _copy_into, lambda a, _: a),
+    "tanh": Activation(
+        torch.tanh, _ops.tanh_backward, True, torch.tanh, lambda a, y: _tanh_backward(a, y, grad_input=a)
+    ),
+    "logistic": Activation(
+        torch.sigmoid,
+        _ops.sigmoid_backward,
+        True,
+        torch.sigmoid,
+        lambda a, y: _logistic_backward(a, y, grad_input=a),
+    ),
+    "relu": Activation(
+        torch.relu,
+        lambda a, y: _ops.threshold_backward(a, y, 0),
+        True,
+        _relu_into,
+        lambda a, y: _relu_backward(a, y, 0, grad_input=a),
+    ),
+    "silu": Activation(
+        torch.nn.functional.silu,
+        _ops.silu_backward,
+        False,
+        _silu_into,
+        lambda a, x: _silu_backward(a, x, grad_input=a),
+    ),
     "softplus": Activation(
         torch.nn.functional.softplus,
         lambda a, x: _ops.softplus_backward(a, x, 1, 20),
         False,
         _softplus_into,
-        _softplus_slope,
+        lambda a, x: _softplus_backward(a, x, 1, 20, grad_input=a),
     ),
 }
 

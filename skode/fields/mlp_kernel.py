@@ -46,14 +46,15 @@ class _Slots(Block):
             t = self.first[..., layout.d : layout.d + 1, :]
         super().__init__(states.unbind(0), empty((n_slots, *layout.state), like), t)
         self._states = states if lead else None
-        self._values = [x[..., :-extra, :] for x in self.inner]
-        self._saved: dict[tuple[int, int], list[Tensor]] = {}
         self._inputs: dict[tuple[int, int], list[Tensor]] = {}
         self.copies = [x[..., : layout.d, :] for x in self.first] if lead else None
         # The time is an input of every layer: set once a step where each slot has inputs of its own.
         rows = [x[..., -2:-1, :] for x in self.inner] if t is not None else []
         self._kept_times, self.shared_times = (rows, []) if keep else ([], [x[0] for x in rows])
         self.layers = [self._products(kernel, slot) for slot in range(n_slots)]
+        # What the activations remember of each slot, from the last layer to the first.
+        which = 2 if kernel.activation.saves_output else 1
+        self.saved = [[layer[which] for layer in reversed(hidden)] for hidden, _, _ in self.layers]
 
     def _products(self, kernel: MLPKernel, slot: int) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor, Tensor]:
         """Of each hidden layer its input, where its product goes, and its activation; the last one's input and product."""
@@ -69,15 +70,6 @@ class _Slots(Block):
             products.append((x, before, value))
             x = after
         return products, x, self.f[slot]
-
-    def saved(self, first: int, n: int) -> list[Tensor]:
-        """What the layers' activations remember of the slots from ``first`` on."""
-        key = first, n
-        found = self._saved.get(key)
-        if found is None:
-            sources = self.before if self.before and len(self.before[0]) > 1 else self._values
-            found = self._saved[key] = [source[first : first + n] for source in sources]
-        return found
 
     def inputs(self, first: int, n: int) -> list[Tensor]:
         """The layers' transposed inputs of the slots from ``first`` on, the slots' axis flat."""
@@ -180,7 +172,7 @@ class MLPKernel(Kernel):
         hidden = [(*lead, width, n) for width in self.widths]
         weights = [tuple(weight.shape) for weight in self.weights]
         n_numbers = (2 * n_stages + 2) * numbers(state)
-        n_numbers += n_stages * (2 * sum(map(numbers, hidden)) + sum(map(numbers, weights)))
+        n_numbers += n_stages * (sum(map(numbers, hidden)) + sum(map(numbers, weights)))
         held = lease(
             (self._key, "back", n_stages),
             lambda: _LayerCotangents(self.like, n_stages, state, hidden, weights),
@@ -190,7 +182,7 @@ class MLPKernel(Kernel):
 
 
 class _LayerCotangents(Cotangents):
-    """Room for one step's cotangents, those of the layers and the activations' slopes, and the weights' gradients."""
+    """Room for one step's cotangents, those of the layers, and the weights' gradients."""
 
     def __init__(
         self,
@@ -204,12 +196,8 @@ class _LayerCotangents(Cotangents):
         self.totals = [empty((n_stages, *shape), like) for shape in weights]
         self._stages: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
         self.deltas = [empty((n_stages, *shape), like) for shape in hidden]
-        self.slopes = [empty((n_stages, *shape), like) for shape in hidden]
-        # Of each stage, from the last layer to the first: where the layer's cotangent goes, and its slope.
-        self.layers = [
-            [(delta[i], slope[i]) for delta, slope in zip(reversed(self.deltas), reversed(self.slopes), strict=True)]
-            for i in range(n_stages)
-        ]
+        # Of each stage, from the last layer to the first.
+        self.layers = [[delta[i] for delta in reversed(self.deltas)] for i in range(n_stages)]
 
     def stages(self, low: int, high: int) -> tuple[list[Tensor], list[Tensor]]:
         """The weights' gradients and the layers' cotangents of some stages, the stages' axis flat."""
@@ -232,22 +220,14 @@ class MLPWayBack(WayBack):
         super().__init__(held.memory)
         self._held, self._kernel = held, kernel
         self._transposed = [weight[..., : -kernel.n_extra].mT for weight in reversed(kernel.weights)]
-        self._n_stages, self._curved = len(held.memory.A), kernel.activation.derivative is not None
         for total in held.memory.totals:
             total.zero_()
 
-    def begin_step(self, block: _Slots, first: int, h: Any) -> None:
-        derivative = self._kernel.activation.derivative
-        if derivative is not None:
-            for saved, slopes in zip(block.saved(first, self._n_stages), self.room.slopes, strict=True):
-                derivative(saved, out=slopes)
-
     def pull(self, block: _Slots, first: int, i: int, out: Tensor, time: bool) -> Tensor | None:
-        product, delta = self._kernel.product, self.room.a[i]
-        for transposed, (following, slope) in zip(self._transposed, self.room.layers[i]):  # noqa: B905, as above
+        product, bend, delta = self._kernel.product, self._kernel.activation.backward_, self.room.a[i]
+        for transposed, following, saved in zip(self._transposed, self.room.layers[i], block.saved[first + i]):  # noqa: B905, the first layer's turn comes after
             product(transposed, delta, out=following)
-            if self._curved:
-                following.mul_(slope)
+            bend(following, saved)
             delta = following
         product(self._transposed[-1], delta, out=out)
         return self._time_cotangent(i) if time else None
