@@ -114,7 +114,7 @@ def output_times(t: Any, y0: Tensor) -> tuple[Tensor, bool]:
     shared = times.dim() == 1
     if shared:
         if len(y0):
-            _check_shared(times.detach().tolist())
+            _check_shared(list(t) if isinstance(t, list | tuple) else times.detach().tolist())
         times = times.expand(len(y0), -1)
     if times.dim() != 2 or len(times) != len(y0) or times.shape[1] == 0:
         raise ValueError(

@@ -61,5 +61,6 @@ def integrate(
 
 def _evaluate(stepper: Stepper, place: Place, control: Control, keep: bool) -> None:
     """The field where a step begins."""
-    place.block.set_times(place.slot, control.start_time().unsqueeze(0))
+    if place.block.t is not None:
+        place.block.set_times(place.slot, control.start_time().unsqueeze(0))
     stepper.kernel.evaluate(place.block, place.slot, keep)

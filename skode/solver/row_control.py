@@ -15,6 +15,10 @@ from skode.solver.solution import Stats, Status
 from skode.solver.step import Attempt, Place, Scheme, Span, stage_times, time_dtype_of
 
 
+BUCKETS = 8
+"""Of a factor of two: so finely errors are told apart."""
+
+
 class _Tables(NamedTuple):
     """Step factors over quantised errors.
 
@@ -23,8 +27,8 @@ class _Tables(NamedTuple):
     """
 
     edges: Tensor
-    proportional: Tensor
-    integral: Tensor
+    centres: Tensor
+    accepted: Tensor
     rejected: Tensor
     power: Tensor
     n: int
@@ -32,8 +36,13 @@ class _Tables(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _tables(order: int, dtype: torch.dtype, device: torch.device) -> _Tables:
-    exponents = torch.arange(-120, 121, dtype=torch.float64) / 4
-    values = torch.cat([2.0**exponents, torch.tensor([2.0**64])])
+    with torch.inference_mode(False):
+        return _make_tables(order, dtype, device)
+
+
+def _make_tables(order: int, dtype: torch.dtype, device: torch.device) -> _Tables:
+    exponents = torch.arange(-240, 241, dtype=torch.float64) / BUCKETS
+    values = torch.cat([2.0 ** (exponents - 0.5 / BUCKETS), torch.tensor([2.0**64])])
     time_dtype = time_dtype_of(device)
 
     def table(entries: Tensor) -> Tensor:
@@ -41,8 +50,8 @@ def _tables(order: int, dtype: torch.dtype, device: torch.device) -> _Tables:
 
     return _Tables(
         (2.0**exponents).to(dtype).to(device),
-        table(SAFETY * values ** (-0.7 / order)),
-        table(values.clamp(min=1e-4) ** (0.4 / order)),
+        table(values),
+        table((SAFETY * values ** (-1 / order)).clamp(SMALLEST, LARGEST)),
         table((SAFETY * values ** (-1 / order)).clamp(SMALLEST, SAFETY)),
         table((0.01 / values) ** (1 / order)),
         len(values),
@@ -86,7 +95,6 @@ class RowControl:
         self._status = torch.zeros_like(self._active, dtype=torch.int8)
         self._attempts = torch.zeros_like(self._status, dtype=torch.int64)
         self._steps, self._extra_evals = self._attempts.clone(), self._attempts.clone()
-        self._previous = torch.full_like(self._attempts, 120)
         self._was_rejected: Tensor | None = None
         self._norm_now = torch.zeros_like(t0, dtype=self.dtype)
         self.h = self._length = (t1 - t0).abs()
@@ -138,7 +146,7 @@ class RowControl:
         d0, d1 = row_norm(y / unit, dim), row_norm(f / unit, dim)
         small = torch.minimum(d0, d1) < 1e-5
         bucket = torch.bucketize((d0 / d1).nan_to_num_(0.0), tables.edges).clamp_(max=tables.n - 2)
-        guess = torch.where(small, 1e-6, 0.01 * tables.edges[bucket].to(self.t.dtype))
+        guess = torch.where(small, 1e-6, 0.01 * tables.centres[bucket])
         guess = torch.minimum(guess, length) * self._active
         t = torch.where(guess == length, self._target, torch.addcmul(self.t, guess, self.sign))
         h = guess * self.sign
@@ -224,13 +232,11 @@ class RowControl:
         if self.tolerance.step_size is None:
             tables = self._tables
             bucket = torch.bucketize(norm, tables.edges)
-            growth = torch.take(tables.proportional, bucket).mul_(torch.take(tables.integral, self._previous))
-            growth.clamp_(SMALLEST, LARGEST)
+            growth = torch.take(tables.accepted, bucket)
             if self._was_rejected is not None:
                 growth = torch.where(self._was_rejected, growth.clamp(max=1.0), growth)
                 self._was_rejected = None
             self.h = growth.mul_(self._try)
-            self._previous = bucket
             self._bound()
         if n_arrived and self._stops is None:
             self._active = self._active & ~self._last
@@ -243,14 +249,12 @@ class RowControl:
         if self.tolerance.step_size is None:
             tables = self._tables
             bucket = torch.bucketize(norm, tables.edges)
-            growth = torch.take(tables.proportional, bucket).mul_(torch.take(tables.integral, self._previous))
-            growth.clamp_(SMALLEST, LARGEST)
+            growth = torch.take(tables.accepted, bucket)
             if self._was_rejected is not None:
                 growth = torch.where(self._was_rejected, growth.clamp(max=1.0), growth)
             factor = torch.where(accept, growth, tables.rejected[bucket])
             self.h = torch.where(active, self._try * factor, self.h)
             self._bound()
-            self._previous = torch.where(accept, bucket, self._previous)
             self._was_rejected = active & ~accept
         stuck = active & ~accept
         if self.tolerance.step_size is None:

@@ -50,7 +50,7 @@ class SharedControl:
             weights = (batch.weights / batch.weights.sum()).to(scheme.b.dtype).view(-1, 1)
             self._weights = layout.enter_cotangent(weights)
         self._n_evals, self._n_steps, self._n_rejected, self._status = 0, 0, 0, Status.SUCCESS
-        self._error, self._was_rejected, self._error_now = 1.0, False, 0.0
+        self._was_rejected, self._error_now = False, 0.0
         self._last_step, self._last_error = abs(t1 - t0), SAFETY
         self._evals_a_step = scheme.n_stages - 1  # the first stage is known when the first step begins
         self._stops, self._aside = [*stops, (t1, False)], aside
@@ -193,9 +193,8 @@ class SharedControl:
         elif not accepted:
             factor = max(SMALLEST, SAFETY * error ** (-1 / self._order))
         else:
-            growth = SAFETY * max(error, 1e-10) ** (-0.7 / self._order) * self._error ** (0.4 / self._order)
+            growth = SAFETY * max(error, 1e-10) ** (-1 / self._order)
             factor = min(max(growth, SMALLEST), 1.0 if self._was_rejected else LARGEST)
-            self._error = max(error, 1e-4)
         self._was_rejected = not accepted
         self.h = h * factor
         self._bound()
@@ -204,7 +203,7 @@ class SharedControl:
         rows = self.layout.leave(y)
         success = self._status in (Status.SUCCESS, Status.EVENT)
         status = torch.full((len(rows),), self._status, dtype=torch.int8, device=y.device)
-        if success and not bool(torch.isfinite(rows.sum())):
+        if success and not math.isfinite(float(rows.sum())):
             status.masked_fill_(~torch.isfinite(rows).all(dim=1), Status.NON_FINITE)
             success = not bool(status.any())
         counts = torch.tensor([self._n_evals, self._n_steps, self._n_rejected], device=y.device)

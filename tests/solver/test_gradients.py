@@ -170,7 +170,7 @@ def reference_settings(method: str) -> tuple[dict[str, float], float]:
     if not tableau.adaptive:
         return {"step_size": 0.02}, 10 * 0.02**tableau.order
     tolerance = {2: 1e-4, 3: 1e-7}.get(tableau.order, 1e-10)
-    return {"rtol": tolerance, "atol": tolerance}, 300 * tolerance
+    return {"rtol": tolerance, "atol": tolerance}, 600 * tolerance
 
 
 @pytest.fixture(scope="module")
