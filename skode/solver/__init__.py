@@ -1,9 +1,25 @@
 """Initial-value problems and their gradients: per-row adaptive Runge-Kutta methods in torch."""
 
+from skode.solver.adjoint import AdjointGradient
+from skode.solver.compat import odeint, odeint_adjoint, odeint_event
 from skode.solver.control import BatchControl
+from skode.solver.discrete import DiscreteGradient
 from skode.solver.dynamics import Dynamics
-from skode.solver.solution import Solution, Status
+from skode.solver.solution import Solution, Status, Steps
 from skode.solver.solve import solve
 from skode.solver.tableaus import METHODS
 
-__all__ = ["METHODS", "BatchControl", "Dynamics", "Solution", "Status", "solve"]
+__all__ = [
+    "METHODS",
+    "AdjointGradient",
+    "BatchControl",
+    "DiscreteGradient",
+    "Dynamics",
+    "Solution",
+    "Status",
+    "Steps",
+    "odeint",
+    "odeint_adjoint",
+    "odeint_event",
+    "solve",
+]

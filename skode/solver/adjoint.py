@@ -50,6 +50,7 @@ class _Quadrature(Record):
 
     dynamics: Any = None
     outputs: Tensor | None = None
+    back: Tensor | None = None
     columns: Any = None
     control: Any = None
     total: tuple[Tensor, ...] = field(default=())
@@ -83,14 +84,19 @@ class _Quadrature(Record):
         return following._replace(known=known and not verdict.jumped)
 
     def _land(self, z: Tensor) -> None:
-        assert self.outputs is not None
-        rows, number = self.control.landing
+        """Where rows have come to outputs, take these in."""
+        assert self.outputs is not None and self.back is not None
         d = z.shape[1] // 2
-        if isinstance(number, int):
-            output = self.outputs[self.columns[number]]
+        if isinstance(self.control.t, float):
+            column = self.columns.get(self.control.t)
+            if column is None:
+                return
+            output, rows = self.outputs[column], None
         else:
-            column = (number + self.columns).clamp(max=len(self.outputs) - 1)  # rows that did not land have none
-            output = self.outputs.gather(0, column.unsqueeze(0).expand(1, -1, 2 * d))[0]
+            here = self.back == self.control.t
+            rows = here.any(dim=1, keepdim=True) & self.control.landed
+            first = torch.argmax(here.to(torch.int8), dim=1, keepdim=True)
+            output = self.outputs.gather(0, first.unsqueeze(0).expand(1, -1, 2 * d))[0]
         landed = torch.cat([output[:, :d], z[:, d:] + output[:, d:]], dim=1)
         z.copy_(landed if rows is None else torch.where(rows, landed, z))
 
@@ -175,12 +181,12 @@ class AdjointGradient:
                 z = torch.where(moves, z, z[row])
                 t_first = torch.where(moves[:, 0], t_first, t_first[row])
                 t_last = torch.where(moves[:, 0], t_last, t_first[row])
-            if back.shape[1] > 2:
-                columns = torch.ones(back.shape[1], dtype=torch.bool, device=back.device)
-                problem = replace(problem, landings=Landings(back, columns, aside=False))
+            problem = replace(problem, landings=_with_outputs(problem.landings, back))
             stepper = problem.stepper(z)
             quadrature.control = problem.control(stepper, t_last, t_first)
-            quadrature.outputs, quadrature.columns = outputs, _columns_of_stops(problem, back)
+            quadrature.outputs, quadrature.back = outputs, torch.where(back == back[:, -1:], torch.nan, back)
+            if problem.batch is not None:
+                quadrature.columns = _columns_on_the_way(back[0].tolist())
             end = integrate(stepper, z, quadrature.control, quadrature)
             self._check(quadrature.control.stats(end))
             a = torch.where(moves, end[:, y.shape[2] :], a)
@@ -238,9 +244,16 @@ def _outputs_on_the_way(times: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Te
     return back, outputs, (g * at_start.unsqueeze(2)).sum(dim=1)
 
 
-def _columns_of_stops(problem: Problem, back: Tensor) -> Any:
-    """The column of each stop on the way: for shared steps all of them, else by how much a row's lie behind."""
-    if problem.batch is None:
-        return (back == back[:, :1]).sum(dim=1, keepdim=True)
-    times = back[0].tolist()
-    return [j for j in range(1, len(times)) if times[j] != times[j - 1] and times[j] != times[-1]]
+def _with_outputs(landings: Landings | None, back: Tensor) -> Landings | None:
+    """The solve's own landings, and the outputs between its ends."""
+    if back.shape[1] <= 2:
+        return landings
+    jumps = torch.ones(back.shape[1], dtype=torch.bool, device=back.device)
+    if landings is None:
+        return Landings(back, jumps, aside=False)
+    return Landings(torch.cat([back, landings.t], dim=1), torch.cat([jumps, landings.jumps]), landings.aside)
+
+
+def _columns_on_the_way(times: list[float]) -> dict[float, int]:
+    """Of outputs that all rows share, the first column with each time between the ends."""
+    return {times[j]: j for j in reversed(range(1, len(times))) if times[j] not in (times[0], times[-1])}

@@ -14,7 +14,7 @@ from skode.solver.dynamics import AutogradDynamics, Dynamics
 from skode.solver.kernels import Kernel, TapeKernel
 from skode.solver.layout import PADDING, Layout, PaddedLayout, RowLayout
 from skode.solver.row_control import RowControl, Stops
-from skode.solver.shared_control import SharedControl
+from skode.solver.shared_control import SharedControl, SharedStops
 from skode.solver.step import Scheme, Stepper
 
 
@@ -69,9 +69,8 @@ class Problem:
         """Decides the steps from t0 to t1, both of shape (n,)."""
         layout, tolerance = stepper.kernel.layout, self._in_layout(stepper.kernel.layout)
         if self.batch is not None and len(t0):
-            stops = self._shared_stops(float(t0[0]), float(t1[0]))
-            aside = self.landings is None or self.landings.aside
-            return SharedControl(float(t0[0]), float(t1[0]), tolerance, self.scheme, layout, self.batch, stops, aside)
+            ends = float(t0[0]), float(t1[0])
+            return SharedControl(*ends, tolerance, self.scheme, layout, self.batch, self._shared_stops(*ends))
         start, end = (layout.enter(t.unsqueeze(1)) for t in (t0, t1))
         return RowControl(start, end, tolerance, self.scheme, layout, self._row_stops(layout, t0, t1))
 
@@ -85,16 +84,19 @@ class Problem:
             column["rtol"] = rtol.unsqueeze(-1)
         return self.tolerance.replace(**column) if column else self.tolerance
 
-    def _shared_stops(self, t0: float, t1: float) -> list[tuple[float, bool]]:
+    def _shared_stops(self, t0: float, t1: float) -> SharedStops:
         if self.landings is None:
-            return []
+            return SharedStops([(t1, False)])
         sign = 1.0 if t1 >= t0 else -1.0
-        pairs = zip(self.landings.t[0].tolist(), self.landings.jumps.tolist(), strict=True)
-        inside: dict[float, bool] = {}
-        for time, jumps in sorted(pairs, key=lambda pair: sign * pair[0]):
-            if sign * t0 < sign * time < sign * t1:
-                inside[time] = inside.get(time, False) or jumps
-        return list(inside.items())
+        jumps: dict[float, bool] = {t1: False}
+        for time, jump in zip(self.landings.t[0].tolist(), self.landings.jumps.tolist(), strict=True):
+            jumps[time] = jumps.get(time, False) or jump
+        ahead = sorted((sign * time, jump) for time, jump in jumps.items())
+        return SharedStops(
+            [(sign * time, jump) for time, jump in ahead if sign * t0 < time <= sign * t1],
+            jumps.get(t0, False),
+            self.landings.aside,
+        )
 
     def _row_stops(self, layout: Layout, t0: Tensor, t1: Tensor) -> Stops | None:
         if self.landings is None:
@@ -102,14 +104,15 @@ class Problem:
         sign = torch.where(t1 < t0, -1.0, 1.0).to(t0.dtype).unsqueeze(1)
         low, high = (sign[:, 0] * t0).unsqueeze(1), (sign[:, 0] * t1).unsqueeze(1)
         ahead = sign * self.landings.t
-        inside = (ahead > low) & (ahead < high)
+        at_start = ((ahead == low) & self.landings.jumps).any(dim=1, keepdim=True)
+        inside = (ahead > low) & (ahead <= high)
         ahead = torch.cat([torch.where(inside, ahead, high), high], dim=1)
         jumps = torch.cat([inside & self.landings.jumps, torch.zeros_like(inside[:, :1])], dim=1)
         # Of equal times the one that jumps comes first.
         order = torch.argsort(jumps.to(torch.int8), dim=1, descending=True, stable=True)
         order = order.gather(1, torch.argsort(ahead.gather(1, order), dim=1, stable=True))
         times, jumps = (sign * ahead).gather(1, order), jumps.gather(1, order)
-        return Stops(_by_row(layout, times), _by_row(layout, jumps), self.landings.aside)
+        return Stops(_by_row(layout, times), _by_row(layout, jumps), layout.enter(at_start), self.landings.aside)
 
 
 def _by_row(layout: Layout, x: Tensor) -> Tensor:
@@ -130,12 +133,11 @@ def landings(jump_times: Any, step_times: Any, y0: Tensor, dtype: torch.dtype) -
     for name, given, jump in (("jump_times", jump_times, True), ("step_times", step_times, False)):
         if given is None:
             continue
-        times = torch.as_tensor(given).detach().to(y0.device, dtype)
+        times = given if isinstance(given, Tensor) else torch.as_tensor(given, dtype=dtype)
+        times = times.detach().to(y0.device, dtype)
         times = times.expand(len(y0), -1) if times.dim() == 1 else times
         if times.dim() != 2 or len(times) != len(y0) or not bool(torch.isfinite(times).all()):
-            raise ValueError(
-                f"{name} must be finite and have shape (k,) or ({len(y0)}, k); got {tuple(torch.as_tensor(given).shape)}."
-            )
+            raise ValueError(f"{name} must be finite and have shape (k,) or ({len(y0)}, k); got {tuple(times.shape)}.")
         parts.append(times)
         jumps += [jump] * times.shape[1]
     if not jumps:

@@ -61,12 +61,13 @@ def _make_tables(order: int, dtype: torch.dtype, device: torch.device) -> _Table
 class Stops(NamedTuple):
     """Times where steps have to end, sorted along each row's way and padded with its last time.
 
-    ``t`` has shape (k, *row), float64; ``jumps`` tells where the field has to be asked again, ``aside`` whether then
-    just after that time, and before it just before.
+    ``t`` has shape (k, *row), float64; ``jumps`` tells where the field has to be asked again, ``at_start`` whether it
+    jumps at the very start, ``aside`` whether it is asked just after a jump, and before it just before.
     """
 
     t: Tensor
     jumps: Tensor
+    at_start: Tensor
     aside: bool = True
 
 
@@ -99,11 +100,11 @@ class RowControl:
         self._norm_now = torch.zeros_like(t0, dtype=self.dtype)
         self.h = self._length = (t1 - t0).abs()
         self._stops, self.stop_number = stops, torch.zeros_like(self._attempts)
-        self.landing: tuple[Tensor | None, Tensor | int] = (None, 0)  # rows that reached a stop last, and which
+        self.landed = torch.zeros_like(self._active)  # rows that the last step brought to a stop
         self._side: Tensor | None = None
         if stops is not None:
             self._aim()
-            self._side = torch.zeros_like(self._active) if stops.aside else None
+            self._side = stops.at_start if stops.aside else None
         self._try, self._last = self.h, self._active
         self._success, self._dirty, self._n_judged, self._n_common = True, False, 0, 0
         self._n_rows = t0.numel()
@@ -129,7 +130,7 @@ class RowControl:
         length = (self._target - self.t).abs()
         given = self.tolerance.step_size or self.tolerance.first_step
         if given is not None:
-            self.h = torch.clamp(length, max=given)
+            self.h = torch.clamp(self._length, max=given)
         elif self.running:
             self.h = torch.minimum(self._first_step(kernel, y, f, length), (self.t1 - self.t).abs())
         self._bound()
@@ -270,11 +271,11 @@ class RowControl:
     def _reach(self, arrived: Tensor) -> bool:
         """Rows that came to a stop take the next one; those that came to the end retire."""
         assert self._stops is not None
-        jumps = arrived & self._of_stop(self._stops.jumps)
         ended = arrived & (self.t == self.t1)
+        jumps = arrived & ~ended & self._of_stop(self._stops.jumps)
         if self._side is not None:
             self._side = torch.where(arrived, jumps, self._side)
-        self.landing = arrived, self.stop_number
+        self.landed = arrived
         self._aim()
         self._active = self._active & ~ended
         jumped = bool(jumps.any())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,18 @@ from skode.solver.kernels import Kernel
 from skode.solver.layout import Layout
 from skode.solver.solution import Stats, Status
 from skode.solver.step import Attempt, Place, Scheme, Span, stage_times, time_dtype_of
+
+
+class SharedStops(NamedTuple):
+    """Times where a step has to end, in order, t1 the last, and whether the field has to be asked again there.
+
+    ``at_start``: whether it jumps at the very start; ``aside``: whether it is asked just after a jump, and before it
+    just before.
+    """
+
+    t: list[tuple[float, bool]]
+    at_start: bool = False
+    aside: bool = True
 
 
 class SharedControl:
@@ -25,9 +37,7 @@ class SharedControl:
     scheme : Scheme
     layout : Layout
     batch : BatchControl
-    stops : sequence of (float, bool)
-        Times between t0 and t1 where a step has to end, and whether the field has to be asked again there; ``aside``
-        tells whether then just after, and just before.
+    stops : SharedStops
     """
 
     def __init__(
@@ -38,8 +48,7 @@ class SharedControl:
         scheme: Scheme,
         layout: Layout,
         batch: BatchControl,
-        stops: Sequence[tuple[float, bool]] = (),
-        aside: bool = True,
+        stops: SharedStops,
     ) -> None:
         self.t, self.t1 = t0, t1
         self.sign = math.copysign(1.0, t1 - t0)
@@ -53,9 +62,8 @@ class SharedControl:
         self._was_rejected, self._error_now = False, 0.0
         self._last_step, self._last_error = abs(t1 - t0), SAFETY
         self._evals_a_step = scheme.n_stages - 1  # the first stage is known when the first step begins
-        self._stops, self._aside = [*stops, (t1, False)], aside
-        self.landing: tuple[Tensor | None, int] = (None, -1)  # rows that reached a stop last (all), and which
-        self._side = 0.0
+        self._stops, self._aside = list(stops.t), stops.aside
+        self._side = float(stops.at_start and stops.aside)
         self.h = 0.0
         self.running = t0 != t1
 
@@ -126,6 +134,8 @@ class SharedControl:
             high = torch.nextafter(end, end - self.sign)
         if self.sign < 0:
             low, high = high, low
+        if low is None and high is None:
+            return times
         return torch.clamp(times, low, high)
 
     @property
@@ -173,10 +183,9 @@ class SharedControl:
         if t_next != self._stops[0][0]:
             return False
         _, jumps = self._stops.pop(0)
-        self.landing = None, self.landing[1] + 1
         self.running = bool(self._stops)
         self._side = float(jumps and self._aside)
-        if jumps:
+        if jumps and self.running:
             self._n_evals += int(self.scheme.tableau.fsal)
         return jumps
 

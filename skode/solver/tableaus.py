@@ -13,6 +13,9 @@ MIDPOINT = Tableau("midpoint", 2, ((1 / 2,),), (0.0, 1.0))
 
 HEUN = Tableau("heun", 2, ((1.0,),), (1 / 2, 1 / 2))
 
+# Heun, Z. Math. Phys. 45, 1900.
+HEUN3 = Tableau("heun3", 3, ((1 / 3,), (0.0, 2 / 3)), (1 / 4, 0.0, 3 / 4))
+
 RK4 = Tableau("rk4", 4, ((1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
 
 # Kutta's 3/8 rule; torchdiffeq calls this one "rk4".
@@ -190,6 +193,7 @@ METHODS: dict[str, Tableau] = {
         EULER,
         MIDPOINT,
         HEUN,
+        HEUN3,
         RK4,
         RK4_38,
         ADAPTIVE_HEUN,
