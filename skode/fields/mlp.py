@@ -126,6 +126,11 @@ class MLPField(nn.Module):
         for i, layer in enumerate(self.layers):
             layer.draw(generator, first=i == 0)  # type: ignore[operator]
 
+    @property
+    def rowwise(self) -> bool:
+        """Whether a row's value does not depend on its place in the batch."""
+        return self.n_members is None
+
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         """Value at times ``t (n, 1)`` and states ``y (n, d)``."""
         x, last = self._taken(y), len(self.layers) - 1

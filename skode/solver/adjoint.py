@@ -16,6 +16,7 @@ from skode.solver.control import Tolerance, Verdict
 from skode.solver.dynamics import Dynamics
 from skode.solver.gradients import Gradients, Run
 from skode.solver.integrate import integrate
+from skode.solver.layout import PADDING
 from skode.solver.problem import Landings, Problem
 from skode.solver.record import Record, Step
 from skode.solver.replay import effective
@@ -29,6 +30,7 @@ class _AdjointDynamics:
 
     def __init__(self, dynamics: Dynamics) -> None:
         self._dynamics = dynamics
+        self.rowwise = getattr(dynamics, "rowwise", False)
 
     def linearize(self, t: Tensor, z: Tensor) -> tuple[Tensor, Any]:
         y, a = z.chunk(2, dim=1)
@@ -140,7 +142,7 @@ class AdjointGradient:
         last = _last_reached(run.times, ~lost.any(dim=2))
         times = run.times.gather(1, last)
         y = run.y.gather(1, last.unsqueeze(2).expand_as(run.y)).nan_to_num(nan=0.0)
-        own = self._problem(problem, y.shape[2])
+        own = self._problem(problem)
         quadrature = _Quadrature(
             keep=True, dynamics=problem.dynamics, total=tuple(torch.zeros_like(p) for p in problem.dynamics.trainable())
         )
@@ -148,7 +150,7 @@ class AdjointGradient:
         gradient = self._time_gradient(problem, run, times, y, g, a) if time else None
         return Gradients(a, gradient, quadrature.total)
 
-    def _problem(self, problem: Problem, d: int) -> Problem:
+    def _problem(self, problem: Problem) -> Problem:
         """The adjoint's: twice as many components, each with its state's tolerances."""
         tableau = problem.scheme.tableau if self.method is None else get_tableau(self.method)
         scheme = make_scheme(tableau, problem.scheme.b.dtype, problem.scheme.b.device)
@@ -170,6 +172,13 @@ class AdjointGradient:
         self, problem: Problem, quadrature: _Quadrature, times: Tensor, y: Tensor, g: Tensor, success: bool
     ) -> Tensor:
         """The adjoint state at t0, all outputs' cotangents taken in on the way."""
+        n = len(y)
+        if problem.batch is None and y.dtype == torch.float32 and getattr(problem.dynamics, "rowwise", False):
+            # Copies of rows, asked for nothing, so that no row is treated differently by reason of its place.
+            rows = torch.arange(n + -n % PADDING, device=y.device) % n
+            times, y, g = times[rows], y[rows], torch.nn.functional.pad(g, (0, 0, 0, 0, 0, len(rows) - n))
+            if problem.landings is not None:
+                problem = replace(problem, landings=replace(problem.landings, t=problem.landings.t[rows]))
         back, outputs, at_start = _outputs_on_the_way(times, y, g)
         z, t_last, t_first = outputs[0], times[:, -1], times[:, 0]
         moves = (t_last != t_first).unsqueeze(1)
@@ -190,7 +199,7 @@ class AdjointGradient:
             end = integrate(stepper, z, quadrature.control, quadrature)
             self._check(quadrature.control.stats(end))
             a = torch.where(moves, end[:, y.shape[2] :], a)
-        return a + at_start
+        return (a + at_start)[:n]
 
     @staticmethod
     def _check(stats: Stats) -> None:

@@ -86,25 +86,32 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class PaddedLayout:
-    """Rows as they come and copies of them up to ``PADDING``: states of shape (PADDING, d), for few rows."""
+    """Rows as they come and copies of some after them: states of shape (N, d), N a multiple of ``PADDING``.
+
+    Functions of single numbers, too, may treat those that do not fill a vector register differently.
+    """
 
     n: int
     d: int
     dim: int = 1
 
     @property
+    def _n_padded(self) -> int:
+        return _padded(self.n)
+
+    @property
     def state(self) -> tuple[int, ...]:
-        return PADDING, self.d
+        return self._n_padded, self.d
 
     @property
     def row(self) -> tuple[int, ...]:
-        return PADDING, 1
+        return self._n_padded, 1
 
     def enter(self, x: Tensor) -> Tensor:
-        return x[_copies(self.n, PADDING, x.device)]
+        return x[_copies(self.n, self._n_padded, x.device)]
 
     def enter_cotangent(self, g: Tensor) -> Tensor:
-        return torch.nn.functional.pad(g, (0, 0, 0, PADDING - self.n))
+        return torch.nn.functional.pad(g, (0, 0, 0, self._n_padded - self.n))
 
     def leave(self, x: Tensor) -> Tensor:
         return x[..., : self.n, :]
@@ -133,8 +140,7 @@ class ColumnLayout:
     @property
     def n_columns(self) -> int:
         """Rows of a group, with padding."""
-        size = self._of_group
-        return -(-size // PADDING) * PADDING if self.padded else size
+        return _padded(self._of_group) if self.padded else self._of_group
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -172,6 +178,11 @@ class ColumnLayout:
         return x.view(*self.lead, self._of_group, x.shape[-1]).mT if self.lead else x.t()
 
 
+def _padded(n: int) -> int:
+    return -(-n // PADDING) * PADDING
+
+
 @lru_cache(maxsize=256)
 def _copies(n: int, n_padded: int, device: torch.device) -> Tensor:
-    return torch.arange(n_padded, device=device) % n
+    with torch.inference_mode(False):
+        return torch.arange(n_padded, device=device) % n

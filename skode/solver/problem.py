@@ -60,8 +60,8 @@ class Problem:
             if kernel is not None:
                 return kernel
         layout: Layout = RowLayout(*y0.shape)
-        few = by_row and 0 < len(y0) < PADDING and y0.dtype == torch.float32
-        if few and self.padded and isinstance(self.dynamics, AutogradDynamics):
+        uneven = by_row and len(y0) % PADDING and y0.dtype == torch.float32
+        if uneven and self.padded and isinstance(self.dynamics, AutogradDynamics):
             layout = PaddedLayout(*y0.shape)
         return TapeKernel(self.dynamics, layout, not by_row, y0)
 

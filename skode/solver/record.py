@@ -120,6 +120,10 @@ class Record:
             block.f[slot].copy_(source.f[end] if accept is None else torch.where(accept, source.f[end], place.f))
         return Place(block, slot, handed_on)
 
+    def anew(self) -> Record:
+        """Another record that keeps the same, still empty."""
+        return Record(self.keep, self.budget, self.keep_values, self.keep_errors)
+
     # --- memory ---
 
     def _room(self, stepper: Stepper, place: Place | None = None) -> tuple[Block, int]:

@@ -29,7 +29,7 @@ def run(problem: Problem, record: Record, y0: Tensor, times: Tensor) -> Run:
         if not isinstance(stepper.kernel.layout, PaddedLayout) or getattr(stepper.kernel, "begun", False):
             raise
         # The field wants the rows as they are: it may hold something of its own for each of them.
-        return run(replace(problem, padded=False), record, y0, times)
+        return run(replace(problem, padded=False), record.anew(), y0, times)
     layout = stepper.kernel.layout
     y_end = layout.leave(end)
     knots = Knots(record.steps, layout, t0, t1) if record.wants_steps else None
