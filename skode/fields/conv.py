@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from skode.fields.activations import get_activation
+from skode.solver.dynamics import OffersVjp
 
 
-class ConvField(nn.Module):
+class ConvField(OffersVjp, nn.Module):
     """3x3 convolutions with the time as one more channel of every layer (Chen et al. 2018, section 3).
 
     Parameters

@@ -1,4 +1,4 @@
-"""The kinetic energy of a trajectory, carried along as one more state."""
+"""The kinetic energy of a trajectory, an integral along it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class _Tape:
 
 
 class EnergyDynamics:
-    """State (y, e) with de/dt = mean(f(t, y)^2): the kinetic energy of Finlay et al. 2020 (arXiv:2002.02798), eq. 6.
+    """A field's value f ``(n, d)``, and mean(f^2) ``(n, 1)`` for ``solve(..., n_quadratures=1)``.
+
+    Its integral is the kinetic energy of Finlay et al. 2020 (arXiv:2002.02798), eq. 6.
 
     Parameters
     ----------
@@ -36,17 +38,16 @@ class EnergyDynamics:
         self._dynamics = dynamics
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        return self._with_energy(self._dynamics(t, y[:, :-1].contiguous()))
+        return self._with_energy(self._dynamics(t, y))
 
     def linearize(self, t: Tensor, y: Tensor) -> tuple[Tensor, _Tape]:
-        f, tape = self._dynamics.linearize(t, y[:, :-1].contiguous())
+        f, tape = self._dynamics.linearize(t, y)
         return self._with_energy(f), _Tape(tape, f)
 
     def pull(self, tape: _Tape, a: Tensor, *, time: bool = False) -> tuple[Tensor, Tensor | None]:
         f = tape.f
         cotangent = torch.addcmul(a[:, :-1], a[:, -1:], f, value=2.0 / f.shape[1])
-        dy, dt = self._dynamics.pull(tape.inner, cotangent, time=time)
-        return torch.nn.functional.pad(dy, (0, 1)), dt
+        return self._dynamics.pull(tape.inner, cotangent, time=time)
 
     def accumulate(self, tapes: Sequence[_Tape], weights: Sequence[Weight] | None = None) -> tuple[Tensor, ...]:
         return self._dynamics.accumulate([tape.inner for tape in tapes], weights)

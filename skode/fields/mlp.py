@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from skode.exceptions import FieldError
 from skode.fields.activations import get_activation
 from skode.fields.mlp_kernel import MLPKernel
-from skode.solver.dynamics import Weight
+from skode.solver.dynamics import OffersVjp, Weight
 from skode.solver.layout import ColumnLayout
 
 
@@ -60,7 +60,7 @@ class _Tape:
         return 2 * hidden * self.inputs[0].element_size()
 
 
-class MLPField(nn.Module):
+class MLPField(OffersVjp, nn.Module):
     """A multilayer perceptron dy/dt = net(t, y) with closed-form derivatives.
 
     Parameters are ordinary torch parameters, layer by layer, weight ``(n_out, n_in)`` then bias. With
@@ -127,8 +127,8 @@ class MLPField(nn.Module):
             layer.draw(generator, first=i == 0)  # type: ignore[operator]
 
     @property
-    def rowwise(self) -> bool:
-        """Whether a row's value does not depend on its place in the batch."""
+    def any_rows(self) -> bool:
+        """Whether rows may be copied to make more of them."""
         return self.n_members is None
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:

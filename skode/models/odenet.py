@@ -140,10 +140,16 @@ class ODENet(nn.Module):
         dynamics = self.dynamics()
         if energy:
             dynamics = EnergyDynamics(dynamics)
-            y0 = nn.functional.pad(y0, (0, 1))
         control = BatchControl(None if weights is None else weights.reshape(-1))
         solution = self.solve(
-            dynamics, y0, [0.0, self.config.t1], options, control, first_step=first_step, error_estimate=error
+            dynamics,
+            y0,
+            [0.0, self.config.t1],
+            options,
+            control,
+            first_step=first_step,
+            error_estimate=error,
+            n_quadratures=int(energy),
         )
         if not solution.success:
             raise SolverError(f"the batch's solve {next(iter(solution.failures().values())).partition(' ')[2]}")
@@ -151,9 +157,9 @@ class ODENet(nn.Module):
         y1 = solution.y[:, -1]
         estimate = y1.new_zeros(len(y1)) if solution.error_estimate is None else solution.error_estimate
         return Output(
-            self.read_out(y1[:, : self.n_dims]),
+            self.read_out(y1),
             estimate.view(members, -1),
-            y1[:, -1].view(members, -1) if energy else None,
+            None if solution.quadratures is None else solution.quadratures[:, -1].reshape(members, -1),
             float(solution.n_evals[0]) * members,
             solution.next_step,
         )
@@ -173,6 +179,7 @@ class ODENet(nn.Module):
         *,
         first_step: float | None = None,
         error_estimate: bool = False,
+        n_quadratures: int = 0,
     ) -> Solution:
         """One call of the solver with the model's options."""
         return solve(
@@ -188,6 +195,7 @@ class ODENet(nn.Module):
             first_step=first_step,
             max_num_steps=options.max_num_steps,
             error_estimate=error_estimate,
+            n_quadratures=n_quadratures,
         )
 
     def dynamics(self) -> Dynamics:

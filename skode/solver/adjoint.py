@@ -16,8 +16,9 @@ from skode.solver.control import Tolerance, Verdict
 from skode.solver.dynamics import Dynamics
 from skode.solver.gradients import Gradients, Run
 from skode.solver.integrate import integrate
-from skode.solver.layout import PADDING
+from skode.solver.layout import PADDING, RowLayout
 from skode.solver.problem import Landings, Problem
+from skode.solver.quadrature import QuadratureDynamics
 from skode.solver.record import Record, Step
 from skode.solver.replay import effective
 from skode.solver.solution import Stats, Status
@@ -26,17 +27,23 @@ from skode.solver.tableaus import get_tableau
 
 
 class _AdjointDynamics:
-    """State and adjoint side by side: d(y, a)/dt = (f, -a df/dy) (Chen et al. 2018, eq. 4)."""
+    """State and adjoint side by side: d(y, a)/dt = (f, -a df/dy) (Chen et al. 2018, eq. 4).
+
+    Integrals are no part of it: nothing depends on them, so their cotangent ``a_q`` stays what the outputs made it.
+    """
 
     def __init__(self, dynamics: Dynamics) -> None:
-        self._dynamics = dynamics
-        self.rowwise = getattr(dynamics, "rowwise", False)
+        self._dynamics = dynamics.inner if isinstance(dynamics, QuadratureDynamics) else dynamics
+        self.a_q: Tensor | None = None
+        self.any_rows: bool = getattr(dynamics, "any_rows", False)
 
     def linearize(self, t: Tensor, z: Tensor) -> tuple[Tensor, Any]:
         y, a = z.chunk(2, dim=1)
         f, tape = self._dynamics.linearize(t, y.contiguous())
+        if self.a_q is not None:
+            a = torch.cat([a, self.a_q], dim=1)
         dy, _ = self._dynamics.pull(tape, a.contiguous())
-        return torch.cat([f, -dy], dim=1), tape
+        return torch.cat([f[:, : y.shape[1]], -dy], dim=1), tape
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         return self.linearize(t, z)[0]
@@ -51,6 +58,7 @@ class _Quadrature(Record):
     """
 
     dynamics: Any = None
+    adjoint: Any = None
     outputs: Tensor | None = None
     back: Tensor | None = None
     columns: Any = None
@@ -98,9 +106,12 @@ class _Quadrature(Record):
             here = self.back == self.control.t
             rows = here.any(dim=1, keepdim=True) & self.control.landed
             first = torch.argmax(here.to(torch.int8), dim=1, keepdim=True)
-            output = self.outputs.gather(0, first.unsqueeze(0).expand(1, -1, 2 * d))[0]
-        landed = torch.cat([output[:, :d], z[:, d:] + output[:, d:]], dim=1)
+            output = self.outputs.gather(0, first.unsqueeze(0).expand(1, -1, self.outputs.shape[2]))[0]
+        landed = torch.cat([output[:, :d], z[:, d:] + output[:, d : 2 * d]], dim=1)
         z.copy_(landed if rows is None else torch.where(rows, landed, z))
+        if self.adjoint.a_q is not None:
+            new = output[:, 2 * d :]
+            self.adjoint.a_q = self.adjoint.a_q + (new if rows is None else torch.where(rows, new, 0.0))
 
     def _add(self, stepper: Stepper, place: Place, span: Span, verdict: Verdict) -> None:
         if not self.total:
@@ -142,15 +153,21 @@ class AdjointGradient:
         last = _last_reached(run.times, ~lost.any(dim=2))
         times = run.times.gather(1, last)
         y = run.y.gather(1, last.unsqueeze(2).expand_as(run.y)).nan_to_num(nan=0.0)
-        own = self._problem(problem)
+        d = y.shape[2] - getattr(problem.dynamics, "n_quadratures", 0)
+        own = self._problem(problem, d)
         quadrature = _Quadrature(
-            keep=True, dynamics=problem.dynamics, total=tuple(torch.zeros_like(p) for p in problem.dynamics.trainable())
+            keep=True,
+            dynamics=problem.dynamics,
+            adjoint=own.dynamics,
+            total=tuple(torch.zeros_like(p) for p in problem.dynamics.trainable()),
         )
-        a = self._solve_back(own, quadrature, times, y, g, run.stats.success)
+        # Rows may be copied if the solve itself could do it.
+        pads = own.batch is None and own.dynamics.any_rows and not isinstance(run.stepper.kernel.layout, RowLayout)  # type: ignore[attr-defined]
+        a = self._solve_back(own, quadrature, times, y, g, d, run.stats.success, pads)
         gradient = self._time_gradient(problem, run, times, y, g, a) if time else None
         return Gradients(a, gradient, quadrature.total)
 
-    def _problem(self, problem: Problem) -> Problem:
+    def _problem(self, problem: Problem, d: int) -> Problem:
         """The adjoint's: twice as many components, each with its state's tolerances."""
         tableau = problem.scheme.tableau if self.method is None else get_tableau(self.method)
         scheme = make_scheme(tableau, problem.scheme.b.dtype, problem.scheme.b.device)
@@ -163,26 +180,36 @@ class AdjointGradient:
             problem,
             dynamics=_AdjointDynamics(problem.dynamics),  # type: ignore[arg-type]
             scheme=scheme,
-            tolerance=_doubled(tolerance),
+            tolerance=_doubled(tolerance, d),
             keep_errors=False,
             dense=False,
+            padded=False,
         )
 
     def _solve_back(
-        self, problem: Problem, quadrature: _Quadrature, times: Tensor, y: Tensor, g: Tensor, success: bool
+        self,
+        problem: Problem,
+        quadrature: _Quadrature,
+        times: Tensor,
+        y: Tensor,
+        g: Tensor,
+        d: int,
+        success: bool,
+        pads: bool,
     ) -> Tensor:
-        """The adjoint state at t0, all outputs' cotangents taken in on the way."""
+        """The adjoint state at t0 of ``d`` components, then the integrals'; all outputs are taken in on the way."""
         n = len(y)
-        if problem.batch is None and y.dtype == torch.float32 and getattr(problem.dynamics, "rowwise", False):
+        if pads and y.dtype == torch.float32:
             # Copies of rows, asked for nothing, so that no row is treated differently by reason of its place.
             rows = torch.arange(n + -n % PADDING, device=y.device) % n
             times, y, g = times[rows], y[rows], torch.nn.functional.pad(g, (0, 0, 0, 0, 0, len(rows) - n))
             if problem.landings is not None:
                 problem = replace(problem, landings=replace(problem.landings, t=problem.landings.t[rows]))
-        back, outputs, at_start = _outputs_on_the_way(times, y, g)
-        z, t_last, t_first = outputs[0], times[:, -1], times[:, 0]
+        back, outputs, at_start = _outputs_on_the_way(times, y[..., :d], g)
+        z, t_last, t_first = outputs[0, :, : 2 * d].contiguous(), times[:, -1], times[:, 0]
         moves = (t_last != t_first).unsqueeze(1)
-        a = z[:, y.shape[2] :]
+        a, a_q = z[:, d:], outputs[0, :, 2 * d :]
+        quadrature.adjoint.a_q = a_q if a_q.shape[1] else None
         if bool(moves.any()):
             if not success:
                 # The field need not be finite where a row stays for good: a row that moves stands in for it.
@@ -198,7 +225,9 @@ class AdjointGradient:
                 quadrature.columns = _columns_on_the_way(back[0].tolist())
             end = integrate(stepper, z, quadrature.control, quadrature)
             self._check(quadrature.control.stats(end))
-            a = torch.where(moves, end[:, y.shape[2] :], a)
+            a = torch.where(moves, end[:, d:], a)
+        if quadrature.adjoint.a_q is not None:
+            a = torch.cat([a, quadrature.adjoint.a_q], dim=1)
         return (a + at_start)[:n]
 
     @staticmethod
@@ -223,11 +252,11 @@ class AdjointGradient:
         return torch.stack(columns, dim=1).to(run.times.dtype)
 
 
-def _doubled(tolerance: Tolerance) -> Tolerance:
+def _doubled(tolerance: Tolerance, d: int) -> Tolerance:
     rtol, atol = tolerance.rtol, tolerance.atol
-    changes: dict[str, Any] = {"atol": torch.cat([atol, atol])} if atol.dim() else {}
+    changes: dict[str, Any] = {"atol": torch.cat([atol[:d], atol[:d]])} if atol.dim() else {}
     if isinstance(rtol, Tensor):
-        changes["rtol"] = torch.cat([rtol, rtol])
+        changes["rtol"] = torch.cat([rtol[:d], rtol[:d]]) if rtol.dim() else rtol
     return tolerance.replace(**changes)
 
 
@@ -238,7 +267,7 @@ def _last_reached(times: Tensor, reached: Tensor) -> Tensor:
 
 
 def _outputs_on_the_way(times: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Going back: times (n, m), outputs (m, n, 2 d), states beside cotangents, and the cotangent at the start.
+    """Going back: times (n, m), outputs (m, n, d + ...), states beside cotangents, and the cotangent at the start.
 
     Of outputs at equal times the first on the way has the cotangents of all.
     """

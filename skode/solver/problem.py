@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skode.solver.control import BatchControl, CountingControl, Tolerance
-from skode.solver.dynamics import AutogradDynamics, Dynamics
+from skode.solver.dynamics import Dynamics
 from skode.solver.kernels import Kernel, TapeKernel
 from skode.solver.layout import PADDING, Layout, PaddedLayout, RowLayout
 from skode.solver.row_control import RowControl, Stops
@@ -61,7 +61,7 @@ class Problem:
                 return kernel
         layout: Layout = RowLayout(*y0.shape)
         uneven = by_row and len(y0) % PADDING and y0.dtype == torch.float32
-        if uneven and self.padded and isinstance(self.dynamics, AutogradDynamics):
+        if uneven and self.padded and getattr(self.dynamics, "any_rows", False):
             layout = PaddedLayout(*y0.shape)
         return TapeKernel(self.dynamics, layout, not by_row, y0)
 

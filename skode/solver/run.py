@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from skode.solver.gradients import GradientStrategy, Run
 from skode.solver.integrate import integrate
 from skode.solver.interpolate import DenseOutput, Knots
+from skode.solver.kernels import RowsDifferError
 from skode.solver.layout import PaddedLayout
 from skode.solver.problem import Problem
 from skode.solver.record import Record
@@ -25,8 +26,9 @@ def run(problem: Problem, record: Record, y0: Tensor, times: Tensor) -> Run:
     t0, t1 = times[:, 0], last_times(times)
     try:
         end, stats = _integrate(problem, stepper, record, y0, t0, t1)
-    except (RuntimeError, ValueError, IndexError):
-        if not isinstance(stepper.kernel.layout, PaddedLayout) or getattr(stepper.kernel, "begun", False):
+    except Exception as raised:
+        began = getattr(stepper.kernel, "begun", False) and not isinstance(raised, RowsDifferError)
+        if began or not isinstance(stepper.kernel.layout, PaddedLayout):
             raise
         # The field wants the rows as they are: it may hold something of its own for each of them.
         return run(replace(problem, padded=False), record.anew(), y0, times)
@@ -84,13 +86,11 @@ class Solve(torch.autograd.Function):
         ctx: Any,
         problem: Problem,
         strategy: GradientStrategy,
-        runs: list[Run],
+        done: Run,
         y0: Tensor,
         times: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        done = run(problem, strategy.record(problem), y0.detach(), times.detach())
-        runs.append(done)
         # The outputs will point to this node; the node must not point to them.
         own = done._replace(y=done.y.detach(), error=done.error.detach())
         if not strategy.keeps_steps:

@@ -100,6 +100,9 @@ class Solution:
         For rows that failed, what else was found out.
     error_estimate : tensor of shape (n,) or None
         Squared local errors in units of the tolerance, summed over the accepted steps; on request.
+    quadratures : tensor of shape (n, m, q) or None
+        The integrals from each row's first time on, with ``n_quadratures=q``: 0 there, NaN where ``y`` is. Carries
+        gradients.
     """
 
     t: Tensor
@@ -117,6 +120,7 @@ class Solution:
     advice: dict[int, str] = field(default_factory=dict)
     _dense: DenseOutput | None = None
     _knots: Knots | None = None
+    quadratures: Tensor | None = None
 
     @property
     def y1(self) -> Tensor:
@@ -168,7 +172,25 @@ class Solution:
         ValueError
             If the solve was made without ``dense_output=True``, or a time lies outside of a row's interval.
         """
-        return self._output().evaluate(t, checked=True)
+        return self._output().evaluate(t, checked=True)[..., : self.y.shape[2]]
+
+    def evaluate_quadratures(self, t: Tensor) -> Tensor:
+        """Integrals at any times, as :meth:`evaluate` gives states (no gradients).
+
+        Parameters
+        ----------
+        t : tensor of shape (q,) or (n, q)
+
+        Returns
+        -------
+        tensor of shape (n, q, n_quadratures)
+
+        Raises
+        ------
+        ValueError
+            As by :meth:`evaluate`.
+        """
+        return self._output().evaluate(t, checked=True)[..., self.y.shape[2] :]
 
     def derivative(self, t: Tensor) -> Tensor:
         """Derivatives with the time of what :meth:`evaluate` gives: the interpolant's slope, no call of the field.
@@ -186,7 +208,7 @@ class Solution:
         ValueError
             As by :meth:`evaluate`.
         """
-        return self._output().derivative(t, checked=True)
+        return self._output().derivative(t, checked=True)[..., : self.y.shape[2]]
 
     def _output(self) -> DenseOutput:
         if self._dense is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from skode.solver import arguments
 from skode.solver.control import BatchControl
-from skode.solver.dynamics import as_dynamics
 from skode.solver.gradients import GradientStrategy, Run
 from skode.solver.problem import Problem, landings
+from skode.solver.quadrature import controlled, prepared, settle, with_quadratures
 from skode.solver.record import Record
 from skode.solver.run import Solve, run
 from skode.solver.solution import Solution
@@ -21,7 +21,7 @@ from skode.solver.step import make_scheme
 from skode.solver.strategies import STRATEGIES
 from skode.solver.tableaus import get_tableau
 
-Field = Callable[[Tensor, Tensor], Tensor]
+Field = Callable[..., Tensor]
 
 
 def solve(
@@ -40,6 +40,9 @@ def solve(
     max_step: float | None = None,
     max_num_steps: int = 10_000,
     dense_output: bool = False,
+    args: tuple[Any, ...] = (),
+    parameters: Iterable[Tensor] | None = None,
+    n_quadratures: int = 0,
     jump_times: Any = None,
     step_times: Any = None,
     error_estimate: bool = False,
@@ -53,7 +56,9 @@ def solve(
     ----------
     field : nn.Module or callable
         ``field(t, y)`` with t ``(n, 1)``, each row's own time, and y ``(n, d)`` returns dy/dt ``(n, d)``. It is never
-        called outside of a row's interval.
+        called outside of a row's interval. A field may offer ``vjp(t, y, a)``, used instead of autograd: from a
+        cotangent ``a`` of its value it returns dy ``(n, d)``, or (dy, dt), or (dy, dt, gradients), one for each
+        of the module's parameters (or of ``parameters``); what it does not return is found by autograd.
     y0 : tensor of shape (n, d)
         Initial states, float32 or float64; the solve computes in their dtype, on their device.
     t : tensor, array or list of shape (m,) or (n, m)
@@ -62,8 +67,10 @@ def solve(
     method : str, default="tsit5"
         Adaptive: "tsit5", "dopri5", "bosh3", "rk32", "fehlberg2", "adaptive_heun", "adaptive_midpoint". Fixed steps:
         "euler", "midpoint", "heun", "rk4" (classic), "rk4_38" (the 3/8 rule).
-    rtol, atol : float
-        A step is accepted if the root mean square of error / (atol + rtol abs(y)) is at most 1.
+    rtol, atol : float or tensor of shape (d,)
+        A step is accepted if the root mean square of error / (atol + rtol abs(y)) is at most 1. With ``n_quadratures``
+        a tensor may have d + q entries, else the integrals have the strictest of them; components and integrals with an
+        infinite tolerance do not count.
     gradient : {"discrete", "adjoint"}, default="discrete"
         "discrete" is the exact derivative of the accepted steps; "adjoint" solves the adjoint equation back in time
         [1]_, with memory that does not grow with the number of steps, and is as exact as the tolerance.
@@ -78,6 +85,15 @@ def solve(
         Largest number of steps, accepted or not, of a row.
     dense_output : bool, default=False
         Keep the steps, so that ``Solution.evaluate`` works at any time.
+    args : tuple
+        Handed on: ``field(t, y, *args)``. Tensors in it (or in tuples, lists, dicts in it) get gradients.
+    parameters : iterable of tensors, optional
+        The tensors that are to get gradients, besides y0, t and ``args``; no others do. If not given they are found: a
+        module's parameters and what else it holds, what a function closes over, names or is bound to. One that was not
+        found is an error, never a gradient of zero.
+    n_quadratures : int, default=0
+        q integrals along the solution: the field then returns ``(n, d + q)``, the last q being their integrands, which
+        depend on t and y. See ``Solution.quadratures``.
     error_estimate : bool, default=False
         Give ``Solution.error_estimate``: each row's squared local errors in units of the tolerance, summed over its
         accepted steps, with gradients by "discrete" (a penalty on it keeps a learned field easy to solve).
@@ -113,7 +129,11 @@ def solve(
             [0.7358]], dtype=torch.float64)
     """
     arguments.check_state(y0)
-    tolerance = arguments.tolerance(y0, y0.shape[1], rtol, atol, max_num_steps, first_step, min_step, max_step)
+    d = y0.shape[1]
+    dynamics = prepared(field, d, args, parameters, n_quadratures)
+    n_components = d + n_quadratures
+    rtol, atol = (with_quadratures(*named, d, n_quadratures) for named in (("rtol", rtol), ("atol", atol)))
+    tolerance = arguments.tolerance(y0, n_components, rtol, atol, max_num_steps, first_step, min_step, max_step)
     tableau = get_tableau(method)
     if step_size is not None and tableau.adaptive:
         raise ValueError(f"step_size={step_size} goes with fixed-step methods; {method!r} adapts its steps.")
@@ -124,21 +144,24 @@ def solve(
     if error_estimate and (gradient != "discrete" or not tableau.adaptive):
         raise ValueError("error_estimate=True needs gradient='discrete' and an adaptive method.")
     dense = dense_output or times.shape[1] > 2
+    batch = arguments.batch_control(step_control, shared, len(y0))
     problem = Problem(
-        as_dynamics(field),
+        dynamics,
         make_scheme(tableau.closed if dense else tableau, y0.dtype, y0.device),
-        tolerance,
-        arguments.batch_control(step_control, shared, len(y0)),
+        controlled(tolerance, batch, n_components),
+        batch,
         memory_budget,
         dense,
         error_estimate,
         landings(jump_times, step_times, y0, times.dtype),
     )
+    if n_quadratures:
+        y0 = torch.nn.functional.pad(y0, (0, n_quadratures))
     done, y, error = _solved(problem, strategy, y0, times)
     stats = done.stats
     return Solution(
         times.detach(),
-        y,
+        y[..., :d].contiguous() if n_quadratures else y,
         stats.status,
         stats.n_evals,
         stats.n_steps,
@@ -151,16 +174,19 @@ def solve(
         error if error_estimate else None,
         _dense=done.dense if dense_output else None,
         _knots=done.knots if strategy.keeps_steps or dense_output else None,
+        quadratures=y[..., d:].contiguous() if n_quadratures else None,
     )
 
 
 def _solved(problem: Problem, strategy: GradientStrategy, y0: Tensor, times: Tensor) -> tuple[Run, Tensor, Tensor]:
     """The run, and its outputs and errors with their graph."""
-    parameters = problem.dynamics.trainable()
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (y0, times, *parameters)):
-        runs: list[Run] = []
-        y, error = Solve.apply(problem, strategy, runs, y0, times, *parameters)  # type: ignore[no-untyped-call]
-        return runs[0], y, error
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (y0, times, *problem.dynamics.trainable())):
+        with torch.no_grad():
+            done = run(problem, strategy.record(problem), y0.detach(), times.detach())
+        # Only now it is known for sure which parameters the field has.
+        settle(problem.dynamics)
+        y, error = Solve.apply(problem, strategy, done, y0, times, *problem.dynamics.trainable())  # type: ignore[no-untyped-call]
+        return done, y, error
     with torch.no_grad():
         done = run(problem, Record(keep_values=problem.dense, keep_errors=problem.keep_errors), y0, times)
     return done, done.y, done.error
