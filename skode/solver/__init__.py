@@ -5,6 +5,7 @@ from skode.solver.compat import odeint, odeint_adjoint, odeint_event
 from skode.solver.control import BatchControl
 from skode.solver.discrete import DiscreteGradient
 from skode.solver.dynamics import Dynamics
+from skode.solver.events import Crossings, Event
 from skode.solver.solution import Solution, Status, Steps
 from skode.solver.solve import solve
 from skode.solver.tableaus import METHODS
@@ -13,8 +14,10 @@ __all__ = [
     "METHODS",
     "AdjointGradient",
     "BatchControl",
+    "Crossings",
     "DiscreteGradient",
     "Dynamics",
+    "Event",
     "Solution",
     "Status",
     "Steps",

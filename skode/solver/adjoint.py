@@ -155,6 +155,8 @@ class AdjointGradient:
         y = run.y.gather(1, last.unsqueeze(2).expand_as(run.y)).nan_to_num(nan=0.0)
         d = y.shape[2] - getattr(problem.dynamics, "n_quadratures", 0)
         own = self._problem(problem, d)
+        if run.found is not None:
+            own = replace(own, batch=None)  # the rows start back at times of their own
         quadrature = _Quadrature(
             keep=True,
             dynamics=problem.dynamics,
@@ -184,6 +186,7 @@ class AdjointGradient:
             keep_errors=False,
             dense=False,
             padded=False,
+            watched=None,
         )
 
     def _solve_back(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skode.solver.compat_form import name_of
 from skode.solver.adjoint import AdjointGradient
+from skode.solver.compat_form import name_of
 from skode.solver.tableaus import Tableau, get_tableau
 
 Options = Mapping[str, Any]

@@ -15,9 +15,9 @@ from skode.exceptions import SolverError
 from skode.solver.compat_form import Form, State, name_of
 from skode.solver.compat_options import LIMITS, STOPS, Options, number
 from skode.solver.control import BatchControl
-from skode.solver.step import time_dtype_of
 from skode.solver.solution import Solution
 from skode.solver.solve import solve
+from skode.solver.step import time_dtype_of
 from skode.solver.tableaus import Tableau
 
 Func = Callable[[Tensor, State], State]
@@ -228,7 +228,7 @@ def until_event(system: System, t: Tensor, event_fn: EventFunction) -> tuple[Ten
 
 def _search(system: System, t: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Where ``function`` first becomes negative: interval after interval, each twice as long as the one before."""
-    from skode.solver import Event  # type: ignore[attr-defined]
+    from skode.solver.events import Event
 
     start, y = t[:1].to(time_dtype_of(t.device)), system.row
     first, last = _ends(t)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from skode.solver.kernels import Kernel
-from skode.solver.solution import Stats
+from skode.solver.solution import Stats, Status
 from skode.solver.step import Attempt, Place, Span
 
 SAFETY, SMALLEST, LARGEST = 0.9, 0.2, 10.0
@@ -57,7 +57,7 @@ class BatchControl:
         A row's share in the error norm; equal shares if not given.
     norm : callable, optional
         Another norm: from the errors in units of the tolerance ``(n, d)`` to one number; a step is accepted if it is
-        at most 1.
+        at most 1. Rows that an event has ended have errors of 0.
     """
 
     weights: Tensor | None = None
@@ -109,6 +109,10 @@ class Control(Protocol):
 
 class CountingControl(Control, Protocol):
     """A control that knows what it did."""
+
+    def stop(self, rows: Tensor, status: Status) -> None:
+        """End the solve of rows (one each, in the layout's shape) here."""
+        ...
 
     def stats(self, y: Tensor) -> Stats:
         """What each row did, and at which time it stopped."""

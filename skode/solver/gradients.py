@@ -11,10 +11,14 @@ from skode.solver.problem import Problem
 from skode.solver.record import Record
 from skode.solver.solution import Stats
 from skode.solver.step import Stepper
+from skode.solver.watch import Found
 
 
 class Run(NamedTuple):
-    """A finished solve: outputs (n, m, d), summed squared errors (n,), statistics, and what its gradient needs."""
+    """A finished solve: outputs (n, m, d), summed squared errors (n,), statistics, and what its gradient needs.
+
+    Events that were ``found`` have outputs too: ``times`` then hold theirs, row by row.
+    """
 
     times: Tensor
     y: Tensor
@@ -24,6 +28,7 @@ class Run(NamedTuple):
     record: Record
     knots: Knots | None
     dense: DenseOutput | None
+    found: Found | None = None
 
 
 class Gradients(NamedTuple):

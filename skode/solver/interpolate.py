@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from skode.solver.control import at
 from skode.solver.layout import Layout
 from skode.solver.record import Step
 from skode.solver.step import Scheme
@@ -35,10 +36,14 @@ class Knots:
     steps : sequence of Step
     layout : Layout
     t0, t1 : tensors of shape (n,)
+    halts : tensor of shape (n,), optional
+        Times that rows did not go beyond, although their last steps did; NaN for others.
     """
 
-    def __init__(self, steps: Sequence[Step], layout: Layout, t0: Tensor, t1: Tensor) -> None:
-        self.t0, self.t1 = t0, t1
+    def __init__(
+        self, steps: Sequence[Step], layout: Layout, t0: Tensor, t1: Tensor, halts: Tensor | None = None
+    ) -> None:
+        self.t0, self.t1, self._halts = t0, t1, halts
         self._spans = [(step.span.t, step.span.t_next, step.accept) for step in steps]
         self._layout = layout
 
@@ -59,8 +64,10 @@ class Knots:
         return torch.where(self.t1 < self.t0, -1.0, 1.0).to(self.t0.dtype).unsqueeze(1)
 
     def _column(self, values: list[Any]) -> Tensor:
-        if values and isinstance(values[0], Tensor):
-            return torch.cat([self._layout.leave(value) for value in values], dim=1).contiguous()
+        if values and isinstance(values[-1], Tensor):
+            # Shared times become the rows' own once some of these have ended.
+            columns = [value if isinstance(value, Tensor) else at(value, self._layout.row, self.t0) for value in values]
+            return torch.cat([self._layout.leave(column) for column in columns], dim=1).contiguous()
         return self.t0.new_tensor(values).expand(len(self.t0), -1).contiguous()
 
     def accepted(self) -> Tensor:
@@ -74,6 +81,8 @@ class Knots:
         """The step that covers each time, shape (n, q)."""
         found = torch.searchsorted(self._sign * self.ends, (self._sign * times).contiguous())
         beyond = (found == self.ends.shape[1]) | torch.isnan(times)
+        if self._halts is not None:
+            beyond |= self._sign * times > self._sign * self._halts.unsqueeze(1)
         step = found.clamp(max=self.ends.shape[1] - 1)
         start, end = self.starts.gather(1, step), self.ends.gather(1, step)
         inside = (times - start) / torch.where(end == start, 1.0, end - start)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from skode.solver.control import BatchControl, CountingControl, Tolerance
 from skode.solver.dynamics import Dynamics
+from skode.solver.events import Watched
 from skode.solver.kernels import Kernel, TapeKernel
 from skode.solver.layout import PADDING, Layout, PaddedLayout, RowLayout
 from skode.solver.row_control import RowControl, Stops
@@ -47,6 +48,7 @@ class Problem:
     keep_errors: bool = False
     landings: Landings | None = None
     padded: bool = True
+    watched: Watched | None = None
 
     def stepper(self, y0: Tensor) -> Stepper:
         """Takes the steps of a batch like ``y0``."""
@@ -54,16 +56,18 @@ class Problem:
 
     def _kernel(self, y0: Tensor) -> Kernel:
         by_row = self.batch is None or not len(y0)
+        # Rows that an event has ended keep their time while the others go on.
+        shared_times = not by_row and self.watched is None
         make = getattr(self.dynamics, "kernel", None)
         if make is not None and len(y0):
-            kernel: Kernel | None = make(y0, padded=by_row, shared_times=not by_row)
+            kernel: Kernel | None = make(y0, padded=by_row, shared_times=shared_times)
             if kernel is not None:
                 return kernel
         layout: Layout = RowLayout(*y0.shape)
         uneven = by_row and len(y0) % PADDING and y0.dtype == torch.float32
         if uneven and self.padded and getattr(self.dynamics, "any_rows", False):
             layout = PaddedLayout(*y0.shape)
-        return TapeKernel(self.dynamics, layout, not by_row, y0)
+        return TapeKernel(self.dynamics, layout, shared_times, y0)
 
     def control(self, stepper: Stepper, t0: Tensor, t1: Tensor) -> CountingControl:
         """Decides the steps from t0 to t1, both of shape (n,)."""

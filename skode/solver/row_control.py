@@ -11,9 +11,8 @@ from torch import Tensor
 from skode.solver.control import LARGEST, SAFETY, SMALLEST, Tolerance, Verdict, combined, row_norm
 from skode.solver.kernels import Kernel
 from skode.solver.layout import Layout
-from skode.solver.solution import Stats, Status
+from skode.solver.solution import Stats, Status, failed_rows
 from skode.solver.step import Attempt, Place, Scheme, Span, stage_times, time_dtype_of
-
 
 BUCKETS = 8
 """Of a factor of two: so finely errors are told apart."""
@@ -310,6 +309,7 @@ class RowControl:
         """End the solve of rows here."""
         self._status.masked_fill_(rows, status)
         self._active = self._active & ~rows
+        self._success = not bool(failed_rows(self._status).any())
         self._recount()
 
     def stats(self, y: Tensor) -> Stats:

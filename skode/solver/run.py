@@ -18,6 +18,7 @@ from skode.solver.problem import Problem
 from skode.solver.record import Record
 from skode.solver.solution import Stats
 from skode.solver.step import Stepper
+from skode.solver.watch import Watch
 
 
 def run(problem: Problem, record: Record, y0: Tensor, times: Tensor) -> Run:
@@ -25,7 +26,7 @@ def run(problem: Problem, record: Record, y0: Tensor, times: Tensor) -> Run:
     stepper = problem.stepper(y0)
     t0, t1 = times[:, 0], last_times(times)
     try:
-        end, stats = _integrate(problem, stepper, record, y0, t0, t1)
+        end, stats, watch = _integrate(problem, stepper, record, y0, t0, t1)
     except Exception as raised:
         began = getattr(stepper.kernel, "begun", False) and not isinstance(raised, RowsDifferError)
         if began or not isinstance(stepper.kernel.layout, PaddedLayout):
@@ -34,23 +35,27 @@ def run(problem: Problem, record: Record, y0: Tensor, times: Tensor) -> Run:
         return run(replace(problem, padded=False), record.anew(), y0, times)
     layout = stepper.kernel.layout
     y_end = layout.leave(end)
-    knots = Knots(record.steps, layout, t0, t1) if record.wants_steps else None
+    found = None if watch is None else watch.found(times)
+    halts = None
+    if found is not None:
+        times, halts = found.times, found.halts()
+    knots = Knots(record.steps, layout, t0, t1, halts) if record.wants_steps else None
     dense = None
     if problem.dense:
         assert knots is not None
         dense = DenseOutput(record.steps, y_end.clone(), knots, problem.scheme, layout).settle()
     y = _outputs(y0, times, y_end, stats, dense)
     error = y0.new_zeros(len(y0)) if record.error is None else record.error.clone()
-    return Run(times, y, error, stats, stepper, record, knots, dense)
+    return Run(times, y, error, stats, stepper, record, knots, dense, found)
 
 
-def _integrate(
-    problem: Problem, stepper: Stepper, record: Record, y0: Tensor, t0: Tensor, t1: Tensor
-) -> tuple[Tensor, Stats]:
+def _integrate(problem: Problem, stepper: Stepper, record: Record, y0: Tensor, t0: Tensor, t1: Tensor
+) -> tuple[Tensor, Stats, Watch | None]:
     with stepper.kernel.computing():
         control = problem.control(stepper, t0, t1)
-        end = integrate(stepper, stepper.kernel.layout.enter(y0), control, record)
-        return end, control.stats(end)
+        watch = None if problem.watched is None else Watch(problem.watched, stepper, control)
+        end = integrate(stepper, stepper.kernel.layout.enter(y0), control, record, watch)
+        return end, control.stats(end), watch
 
 
 def _outputs(y0: Tensor, times: Tensor, y_end: Tensor, stats: Stats, dense: DenseOutput | None) -> Tensor:
@@ -104,4 +109,7 @@ class Solve(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, g_error: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
         gradients = ctx.strategy.backward(ctx.problem, ctx.run, g.contiguous(), g_error, ctx.needs_input_grad[4])
-        return None, None, None, gradients.y0, gradients.times, *gradients.parameters
+        times, found = gradients.times, ctx.run.found
+        if times is not None and found is not None:
+            times = times.gather(1, found.columns)
+        return None, None, None, gradients.y0, times, *gradients.parameters

@@ -12,6 +12,7 @@ from skode.solver.control import LARGEST, SAFETY, SMALLEST, BatchControl, Tolera
 from skode.solver.kernels import Kernel
 from skode.solver.layout import Layout
 from skode.solver.solution import Stats, Status
+from skode.solver.standing import Standing
 from skode.solver.step import Attempt, Place, Scheme, Span, stage_times, time_dtype_of
 
 
@@ -65,6 +66,8 @@ class SharedControl:
         self._stops, self._aside = list(stops.t), stops.aside
         self._side = float(stops.at_start and stops.aside)
         self.h = 0.0
+        self._proposed: Span | None = None
+        self._standing: Standing | None = None
         self.running = t0 != t1
 
     def start_time(self) -> Tensor:
@@ -121,9 +124,13 @@ class SharedControl:
             t_next = self.t + h
         h = t_next - self.t
         times = None
-        if self._aside and (self._side or self._stops[0][1]):
+        if (self._aside and (self._side or self._stops[0][1])) or self._standing is not None:
             times = self._inside(stage_times(self.scheme, self.layout, t_next, h), t_next)
-        return Span(self.t, t_next, h, times)
+        span = Span(self.t, t_next, h, times)
+        if self._standing is None:
+            return span
+        self._proposed = span
+        return self._standing.hold(span, self.scheme.b.dtype)
 
     def _inside(self, times: Tensor, t_next: float) -> Tensor:
         """Keep off the jumps at either end of the step: the field is asked just before, and just after."""
@@ -145,8 +152,12 @@ class SharedControl:
     def judge(self, place: Place, span: Span, attempt: Attempt) -> Verdict:
         self._n_evals += self._evals_a_step
         error, ratio, unit = 0.0, None, None
+        h_of_rows = span.h
+        span = span if self._standing is None or self._proposed is None else self._proposed
         if attempt.error is not None and self._adapts:
             unit = self.tolerance.unit(place.y, attempt.y1)
+            if self._standing is not None:
+                self._standing.clear(attempt.error, attempt.error2)
             ratio = attempt.error.div_(unit)
             error = self._norm(ratio, span.h)
             if attempt.error2 is not None and error:
@@ -165,7 +176,7 @@ class SharedControl:
         jumped = self._arrive(span.t_next)
         if self.running and self._n_steps + self._n_rejected >= self.tolerance.max_num_steps:
             self._stop(Status.MAX_STEPS)
-        return Verdict(span.h, None, True, True, jumped, ratio, unit)
+        return Verdict(h_of_rows, None, True, True, jumped, ratio, unit)
 
     def _reject(self, error: float) -> None:
         self._n_rejected += 1
@@ -191,6 +202,15 @@ class SharedControl:
 
     def _stop(self, status: Status) -> None:
         self._status, self.running = status, False
+
+    def stop(self, rows: Tensor, status: Status) -> None:
+        """End the solve of rows here: they stand still while the others go on, and do not count for these."""
+        if self._standing is None:
+            like = torch.empty((), dtype=time_dtype_of(rows.device), device=rows.device)
+            self._standing = Standing(self.layout, like)
+        self._standing.add(rows, status, self.t, (self._n_evals, self._n_steps, self._n_rejected))
+        self._weights = self._standing.weights(self._weights).to(self.scheme.b.dtype)
+        self.running = self.running and not bool(self._standing.rows.all())
 
     def stop_all(self, status: Status) -> None:
         """End the solve here."""
@@ -221,7 +241,8 @@ class SharedControl:
         # All rows share them: one number stands for all.
         n_evals, n_steps, n_rejected = counts.unsqueeze(1).expand(-1, len(rows)).unbind(0)
         t, h, norm = numbers.unsqueeze(1).expand(-1, len(rows)).unbind(0)
-        return Stats(status, n_evals, n_steps, n_rejected, t, h, norm, self._proposal(), success)
+        stats = Stats(status, n_evals, n_steps, n_rejected, t, h, norm, self._proposal(), success)
+        return stats if self._standing is None else self._standing.in_stats(stats)
 
     def _proposal(self) -> float:
         """The longest step that the last one's error would have allowed."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from skode.solver.events import Crossings, Ends, no_ends
+
 if TYPE_CHECKING:
     from skode.solver.interpolate import DenseOutput, Knots
 
@@ -48,6 +50,11 @@ _MESSAGES = {
 }
 
 
+def failed_rows(status: Tensor) -> Tensor:
+    """Which rows did not get where they should."""
+    return (status != Status.SUCCESS) & (status != Status.EVENT) & (status != Status.GRAZING)
+
+
 class Stats(NamedTuple):
     """Per-row columns of shape (n,): status, counts, the time that was reached, the last step tried and its error norm.
 
@@ -83,7 +90,7 @@ class Solution:
     t : tensor of shape (n, m)
         Output times; NaN where a row has fewer.
     y : tensor of shape (n, m, d)
-        States; NaN at times that a row did not reach. Carries gradients.
+        States; NaN at times that a row did not reach, and behind an event that ended it. Carries gradients.
     status : tensor of shape (n,), int8
         One of :class:`Status`.
     n_evals, n_steps, n_rejected : tensors of shape (n,), int64
@@ -93,7 +100,7 @@ class Solution:
     last_step, last_norm : tensors of shape (n,)
         Length of the last step that each row tried, and its error in units of the tolerance.
     success : bool
-        Whether every row reached its end.
+        Whether every row reached its end, or an event that ended it.
     next_step : float
         The controller's proposal after the last step (the rows' mean): a first step for a similar solve.
     advice : dict of int to str
@@ -121,14 +128,45 @@ class Solution:
     _dense: DenseOutput | None = None
     _knots: Knots | None = None
     quadratures: Tensor | None = None
+    _ends: Ends | None = None
 
     @property
     def y1(self) -> Tensor:
-        """States at each row's last time, shape (n, d); NaN where it was not reached."""
+        """States at each row's last time, shape (n, d), or at the event that ended it; NaN where it was not reached."""
+        last = self._last_outputs()
+        if self._ends is None:
+            return last
+        return torch.where((self._ends.event >= 0).unsqueeze(1), self._ends.y, last)
+
+    def _last_outputs(self) -> Tensor:
         if self.t.shape[1] <= 2 and not bool(torch.isnan(self.t).any()):
             return self.y[:, -1]
         last = (~torch.isnan(self.t)).sum(dim=1) - 1
         return self.y[torch.arange(len(last), device=last.device), last]
+
+    @property
+    def event_t(self) -> Tensor:
+        """Times of the terminal events that ended rows, shape (n,); NaN for the others. Carries gradients."""
+        return self._events.t
+
+    @property
+    def event_y(self) -> Tensor:
+        """States there, shape (n, d). Carries gradients."""
+        return self._events.y
+
+    @property
+    def event_index(self) -> Tensor:
+        """Which of the events it was, shape (n,); -1 for rows that none ended."""
+        return self._events.event
+
+    @property
+    def crossings(self) -> Crossings:
+        """All events' crossings before the rows' ends, those that ended them too."""
+        return self._events.crossings
+
+    @cached_property
+    def _events(self) -> Ends:
+        return no_ends(self.y[:, 0].detach(), self.t.dtype) if self._ends is None else self._ends
 
     @cached_property
     def steps(self) -> Steps:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from skode.solver import arguments
 from skode.solver.control import BatchControl
+from skode.solver.event_gradients import own_outputs, with_events
+from skode.solver.events import Event, as_watched
 from skode.solver.gradients import GradientStrategy, Run
 from skode.solver.problem import Problem, landings
 from skode.solver.quadrature import controlled, prepared, settle, with_quadratures
@@ -47,6 +49,7 @@ def solve(
     step_times: Any = None,
     error_estimate: bool = False,
     memory_budget: int = 2**28,
+    events: Event | Sequence[Event] | None = None,
 ) -> Solution:
     """Solve dy/dt = field(t, y) from y0 for a batch of rows, each a problem of its own.
 
@@ -100,6 +103,10 @@ def solve(
     memory_budget : int, default=2**28
         Bytes that "discrete" may use to keep what its forward computed ("batch"); beyond that, stages are computed
         once more going back.
+    events : Event or sequence of Event, optional
+        What happens to rows where functions of their time and state become 0. A terminal event ends its row; see
+        ``Solution.event_t``, ``.event_y``, ``.event_index`` and, for all of them, ``.crossings``. Gradients reach the
+        events' times and states, and whatever the functions depend on.
 
     Returns
     -------
@@ -111,7 +118,7 @@ def solve(
     ValueError
         If an argument is not understood, or times are not monotone.
     FieldError
-        If the field returns the wrong shape, dtype or type.
+        If the field, or an event's function, returns the wrong shape, dtype or type.
 
     References
     ----------
@@ -143,7 +150,8 @@ def solve(
         tolerance = arguments.fixed_step(tolerance, step_size, times)
     if error_estimate and (gradient != "discrete" or not tableau.adaptive):
         raise ValueError("error_estimate=True needs gradient='discrete' and an adaptive method.")
-    dense = dense_output or times.shape[1] > 2
+    watched = as_watched(events, d)
+    dense = dense_output or times.shape[1] > 2 or watched is not None
     batch = arguments.batch_control(step_control, shared, len(y0))
     problem = Problem(
         dynamics,
@@ -154,14 +162,15 @@ def solve(
         dense,
         error_estimate,
         landings(jump_times, step_times, y0, times.dtype),
+        watched=watched,
     )
     if n_quadratures:
         y0 = torch.nn.functional.pad(y0, (0, n_quadratures))
     done, y, error = _solved(problem, strategy, y0, times)
-    stats = done.stats
-    return Solution(
+    stats, outputs = done.stats, own_outputs(done, y)
+    solution = Solution(
         times.detach(),
-        y[..., :d].contiguous() if n_quadratures else y,
+        outputs[..., :d].contiguous() if n_quadratures else outputs,
         stats.status,
         stats.n_evals,
         stats.n_steps,
@@ -174,8 +183,9 @@ def solve(
         error if error_estimate else None,
         _dense=done.dense if dense_output else None,
         _knots=done.knots if strategy.keeps_steps or dense_output else None,
-        quadratures=y[..., d:].contiguous() if n_quadratures else None,
+        quadratures=outputs[..., d:].contiguous() if n_quadratures else None,
     )
+    return solution if watched is None else with_events(solution, watched, done, y)
 
 
 def _solved(problem: Problem, strategy: GradientStrategy, y0: Tensor, times: Tensor) -> tuple[Run, Tensor, Tensor]:
