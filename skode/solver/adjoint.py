@@ -5,6 +5,7 @@ Symbols: ``g`` cotangents of outputs, ``a`` the adjoint state dL/dy, ``z = (y, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -178,8 +179,12 @@ class AdjointGradient:
             tolerance = tolerance.replace(rtol=float(self.rtol))
         if self.atol is not None:
             tolerance = tolerance.replace(atol=torch.as_tensor(self.atol, dtype=scheme.b.dtype, device=scheme.b.device))
+        batch = problem.batch
+        if batch is not None and batch.norm is not None:
+            batch = replace(batch, norm=_of_both(batch.norm, d))
         return replace(
             problem,
+            batch=batch,
             dynamics=_AdjointDynamics(problem.dynamics),  # type: ignore[arg-type]
             scheme=scheme,
             tolerance=_doubled(tolerance, d),
@@ -253,6 +258,11 @@ class AdjointGradient:
             cotangent = g[:, i] if i else g[:, 0] - a
             columns.append((cotangent * f).sum(dim=1))
         return torch.stack(columns, dim=1).to(run.times.dtype)
+
+
+def _of_both(norm: Callable[[Tensor], Tensor | float], d: int) -> Callable[[Tensor], float]:
+    """The state's norm, for state and adjoint: whichever is larger."""
+    return lambda ratio: max(float(norm(ratio[:, :d])), float(norm(ratio[:, d:])))
 
 
 def _doubled(tolerance: Tolerance, d: int) -> Tolerance:

@@ -306,7 +306,7 @@ def test_functions_may_differentiate_and_may_keep_what_they_get() -> None:
 
     field = mlp_field(4, time_dependent=False)
     solution = solve(field, random_states(5, 7), [0.0, 2.0], events=Event(steepest))
-    assert len({float(y[0, 0].detach()) for y in kept}) > len(kept) / 2
+    assert len({float(y[0, 0].detach()) for y in kept}) >= len(kept) / 3
     assert torch.isfinite(solution.y[:, 0]).all()
 
 
