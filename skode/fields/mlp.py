@@ -138,7 +138,7 @@ class MLPField(OffersVjp, nn.Module):
             x = self._affine(layer, t, x)
             if i < last:
                 x = self._activation.forward(x)
-        return x.reshape(len(y), x.shape[-1])
+        return x.reshape(y.shape[0], x.shape[-1])
 
     def linearize(self, t: Tensor, y: Tensor) -> tuple[Tensor, _Tape]:
         """Value, and a tape for :meth:`pull`."""
@@ -253,4 +253,4 @@ class MLPField(OffersVjp, nn.Module):
 
 def _is_shared(t: Tensor) -> bool:
     """Whether all rows have one time (an expanded tensor), which then costs nothing."""
-    return t.stride(0) == 0 or len(t) == 1
+    return t.stride(0) == 0 or t.shape[0] == 1

@@ -74,6 +74,9 @@ class _Quadrature(Record):
     def wants_steps(self) -> bool:
         return False
 
+    def note_span(self, span: Span, verdict: Verdict) -> None:
+        """Nobody asks for them."""
+
     def _room(self, stepper: Stepper, place: Place | None = None) -> tuple[Any, int]:
         if self._scratch is None:
             self._scratch = stepper.kernel.block(2 * stepper.n_slots, True)
@@ -144,6 +147,7 @@ class AdjointGradient:
     rtol: float | None = None
     atol: float | None = None
     keeps_steps: bool = False
+    repeats_steps: bool = True
 
     def record(self, problem: Problem) -> Record:
         return Record(keep_values=problem.dense)
@@ -192,6 +196,7 @@ class AdjointGradient:
             dense=False,
             padded=False,
             watched=None,
+            plan=None,
         )
 
     def _solve_back(

@@ -28,6 +28,7 @@ class DiscreteGradient:
     """
 
     keeps_steps = True
+    repeats_steps = True
 
     def record(self, problem: Problem) -> Record:
         return Record(True, problem.memory_budget, problem.dense, problem.keep_errors)
@@ -89,7 +90,6 @@ class _Outputs(NamedTuple):
 
 def _grouped(run: Run, g: Tensor) -> Iterator[_Outputs | None]:
     """The outputs after the first, sorted by the step that covers them."""
-    assert run.knots is not None
     n_steps = len(run.record.steps)
     places = run.knots.locate(run.times[:, 1:])
     step = torch.where(places.beyond, n_steps, places.step).reshape(-1)

@@ -26,7 +26,7 @@ class Run(NamedTuple):
     stats: Stats
     stepper: Stepper
     record: Record
-    knots: Knots | None
+    knots: Knots
     dense: DenseOutput | None
     found: Found | None = None
 
@@ -40,7 +40,11 @@ class Gradients(NamedTuple):
 
 
 class GradientStrategy(Protocol):
-    """A way to differentiate a solve; ``keeps_steps`` tells whether its backward needs the forward's steps."""
+    """A way to differentiate a solve; ``keeps_steps`` tells whether its backward needs the forward's steps.
+
+    ``repeats_steps``, if it is there and true, tells that second derivatives are those of the accepted steps taken
+    again as plain Runge-Kutta steps.
+    """
 
     @property
     def keeps_steps(self) -> bool:

@@ -33,7 +33,8 @@ class Knots:
 
     Parameters
     ----------
-    steps : sequence of Step
+    spans : sequence of (start, end, accept)
+        As a record keeps them.
     layout : Layout
     t0, t1 : tensors of shape (n,)
     halts : tensor of shape (n,), optional
@@ -41,11 +42,25 @@ class Knots:
     """
 
     def __init__(
-        self, steps: Sequence[Step], layout: Layout, t0: Tensor, t1: Tensor, halts: Tensor | None = None
+        self,
+        spans: Sequence[tuple[Any, Any, Tensor | None]],
+        layout: Layout,
+        t0: Tensor,
+        t1: Tensor,
+        halts: Tensor | None = None,
     ) -> None:
         self.t0, self.t1, self._halts = t0, t1, halts
-        self._spans = [(step.span.t, step.span.t_next, step.accept) for step in steps]
-        self._layout = layout
+        self._spans, self._layout = spans, layout
+
+    def bare(self) -> Knots:
+        """The same without what was worked out from it."""
+        return Knots(self._spans, self._layout, self.t0, self.t1, self._halts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the record of steps: none for steps that all rows share."""
+        tensors = [x for span in self._spans for x in span if isinstance(x, Tensor)]
+        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
     @cached_property
     def starts(self) -> Tensor:
@@ -73,6 +88,8 @@ class Knots:
     def accepted(self) -> Tensor:
         """Each row's first time and the ends of its steps, without empty ones, shape (n, k + 1), NaN-padded."""
         moved = self.starts != self.ends
+        if not moved.numel():
+            return self.t0.unsqueeze(1)
         order = torch.argsort((~moved).to(torch.int8), dim=1, stable=True)[:, : int(moved.sum(dim=1).max())]
         ends = torch.where(moved, self.ends, torch.nan).gather(1, order)
         return torch.cat([self.t0.unsqueeze(1), ends], dim=1)

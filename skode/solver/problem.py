@@ -14,6 +14,8 @@ from skode.solver.dynamics import Dynamics
 from skode.solver.events import Watched
 from skode.solver.kernels import Kernel, TapeKernel
 from skode.solver.layout import PADDING, Layout, PaddedLayout, RowLayout
+from skode.solver.plan import Plan
+from skode.solver.retaken import RetakenRows, RetakenShared
 from skode.solver.row_control import RowControl, Stops
 from skode.solver.shared_control import SharedControl, SharedStops
 from skode.solver.step import Scheme, Stepper
@@ -36,7 +38,7 @@ class Problem:
     """An initial-value problem but for its states and times.
 
     ``batch`` is None where every row takes steps of its own. ``tolerance`` holds its tensors in the callers' shapes,
-    one number for each component.
+    one number for each component. ``plan`` are the steps to take, if they are given.
     """
 
     dynamics: Dynamics
@@ -49,6 +51,7 @@ class Problem:
     landings: Landings | None = None
     padded: bool = True
     watched: Watched | None = None
+    plan: Plan | None = None
 
     def stepper(self, y0: Tensor) -> Stepper:
         """Takes the steps of a batch like ``y0``."""
@@ -72,6 +75,9 @@ class Problem:
     def control(self, stepper: Stepper, t0: Tensor, t1: Tensor) -> CountingControl:
         """Decides the steps from t0 to t1, both of shape (n,)."""
         layout, tolerance = stepper.kernel.layout, self._in_layout(stepper.kernel.layout)
+        if self.plan is not None:
+            retaken = RetakenRows if self.batch is None or not len(t0) else RetakenShared
+            return retaken(self.plan, tolerance, self.scheme, layout, self.keep_errors)
         if self.batch is not None and len(t0):
             ends = float(t0[0]), float(t1[0])
             return SharedControl(*ends, tolerance, self.scheme, layout, self.batch, self._shared_stops(*ends))

@@ -53,6 +53,8 @@ class Record:
         Whether dense output is wanted: states and field values of every step.
     keep_errors : bool
         ``error`` then adds up the rows' squared errors in units of the tolerance.
+    spans : list of (start, end, accept)
+        Where steps began and ended, and which rows they counted for; a few numbers a step.
     """
 
     keep: bool = False
@@ -62,6 +64,7 @@ class Record:
     steps: list[Step] = field(default_factory=list)
     error: Tensor | None = None
     stride: int = 0
+    spans: list[tuple[Any, Any, Tensor | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.leases: list[Lease[Any]] = []
@@ -80,6 +83,10 @@ class Record:
         """Whether steps are listed at all."""
         return self.keep or self.keep_values
 
+    def note_span(self, span: Span, verdict: Verdict) -> None:
+        """Keep when a step began and ended."""
+        self.spans.append((span.t, span.t_next, verdict.accept))
+
     def open(self, stepper: Stepper, y: Tensor) -> Place:
         """Room for the first step, from a state."""
         block, slot = self._room(stepper)
@@ -91,6 +98,7 @@ class Record:
     ) -> Place:
         """Note a step, and say where the next one begins."""
         error = self._note_error(stepper, verdict) if self.keep_errors else None
+        self.note_span(span, verdict)
         if self.wants_steps:
             self._note(stepper, place, span, verdict, own, error)
         handed_on = stepper.scheme.tableau.fsal and not verdict.jumped

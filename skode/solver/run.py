@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from skode.solver.gradients import GradientStrategy, Run
 from skode.solver.integrate import integrate
@@ -16,6 +15,7 @@ from skode.solver.kernels import RowsDifferError
 from skode.solver.layout import PaddedLayout
 from skode.solver.problem import Problem
 from skode.solver.record import Record
+from skode.solver.second import Node, pulled
 from skode.solver.solution import Stats
 from skode.solver.step import Stepper
 from skode.solver.watch import Watch
@@ -39,10 +39,9 @@ def run(problem: Problem, record: Record, y0: Tensor, times: Tensor) -> Run:
     halts = None
     if found is not None:
         times, halts = found.times, found.halts()
-    knots = Knots(record.steps, layout, t0, t1, halts) if record.wants_steps else None
+    knots = Knots(record.spans, layout, t0, t1, halts)
     dense = None
     if problem.dense:
-        assert knots is not None
         dense = DenseOutput(record.steps, y_end.clone(), knots, problem.scheme, layout).settle()
     y = _outputs(y0, times, y_end, stats, dense)
     error = y0.new_zeros(len(y0)) if record.error is None else record.error.clone()
@@ -99,17 +98,13 @@ class Solve(torch.autograd.Function):
         # The outputs will point to this node; the node must not point to them.
         own = done._replace(y=done.y.detach(), error=done.error.detach())
         if not strategy.keeps_steps:
-            own = own._replace(record=Record(), knots=None, dense=None)
+            own = own._replace(record=Record(), dense=None, knots=done.knots.bare())
         ctx.problem, ctx.strategy, ctx.run = problem, strategy, own
-        ctx.save_for_backward(y0, done.y, *parameters)  # so that torch notices changes in place before backward
+        ctx.save_for_backward(y0, times, done.y, *parameters)  # so that torch notices changes in place before backward
         return done.y, done.error
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor, g_error: Tensor) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors
-        gradients = ctx.strategy.backward(ctx.problem, ctx.run, g.contiguous(), g_error, ctx.needs_input_grad[4])
-        times, found = gradients.times, ctx.run.found
-        if times is not None and found is not None:
-            times = times.gather(1, found.columns)
-        return None, None, None, gradients.y0, times, *gradients.parameters
+        y0, times, _, *parameters = ctx.saved_tensors
+        node = Node(ctx.problem, ctx.strategy, ctx.run, ctx.needs_input_grad[4])
+        return None, None, None, *pulled(node, g, g_error, y0, times, parameters)

@@ -14,6 +14,7 @@ from skode.solver.events import Crossings, Ends, no_ends
 
 if TYPE_CHECKING:
     from skode.solver.interpolate import DenseOutput, Knots
+    from skode.solver.problem import Problem
 
 
 class Status(IntEnum):
@@ -76,9 +77,11 @@ class Steps(NamedTuple):
     """The accepted steps of a solve, to be taken again by ``solve(..., steps=)``.
 
     ``t`` has shape (n, k + 1): where each row's steps end, its first time in front; NaN for rows with fewer.
+    ``status`` (n,) tells which rows failed: their steps end before their last time.
     """
 
     t: Tensor
+    status: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +132,8 @@ class Solution:
     _knots: Knots | None = None
     quadratures: Tensor | None = None
     _ends: Ends | None = None
+    _problem: Problem | None = None
+    _ragged: bool | None = None  # whether rows have fewer times than others; None: look
 
     @property
     def y1(self) -> Tensor:
@@ -139,7 +144,7 @@ class Solution:
         return torch.where((self._ends.event >= 0).unsqueeze(1), self._ends.y, last)
 
     def _last_outputs(self) -> Tensor:
-        if self.t.shape[1] <= 2 and not bool(torch.isnan(self.t).any()):
+        if self._ragged is False or (self._ragged is None and not bool(torch.isnan(self.t).any())):
             return self.y[:, -1]
         last = (~torch.isnan(self.t)).sum(dim=1) - 1
         return self.y[torch.arange(len(last), device=last.device), last]
@@ -175,11 +180,11 @@ class Solution:
         Raises
         ------
         ValueError
-            If they were not recorded: without gradients, dense output or more than two output times nothing is.
+            If the solve ran under ``torch.func.vmap`` or a compiler.
         """
         if self._knots is None:
-            raise ValueError("this solve recorded no steps; call solve(..., dense_output=True).")
-        return Steps(self._knots.accepted())
+            raise ValueError("solves under torch.func.vmap or a compiler do not give their steps.")
+        return Steps(self._knots.accepted(), self.status)
 
     def failures(self) -> dict[int, str]:
         """Failed rows, with what happened to each, where, and what to change."""

@@ -14,6 +14,7 @@ from skode.solver.control import BatchControl
 from skode.solver.event_gradients import own_outputs, with_events
 from skode.solver.events import Event, as_watched
 from skode.solver.gradients import GradientStrategy, Run
+from skode.solver.plan import given_plan
 from skode.solver.problem import Problem, landings
 from skode.solver.quadrature import controlled, prepared, settle, with_quadratures
 from skode.solver.record import Record
@@ -22,10 +23,12 @@ from skode.solver.solution import Solution
 from skode.solver.step import make_scheme
 from skode.solver.strategies import STRATEGIES
 from skode.solver.tableaus import get_tableau
+from skode.solver.transforms import transformable
 
 Field = Callable[..., Tensor]
 
 
+@transformable
 def solve(
     field: Field,
     y0: Tensor,
@@ -47,6 +50,7 @@ def solve(
     n_quadratures: int = 0,
     jump_times: Any = None,
     step_times: Any = None,
+    steps: Any = None,
     error_estimate: bool = False,
     memory_budget: int = 2**28,
     events: Event | Sequence[Event] | None = None,
@@ -97,6 +101,10 @@ def solve(
     n_quadratures : int, default=0
         q integrals along the solution: the field then returns ``(n, d + q)``, the last q being their integrands, which
         depend on t and y. See ``Solution.quadratures``.
+    steps : Steps, or tensor of shape (k + 1,) or (n, k + 1), optional
+        The accepted steps of an earlier solve, its ``Solution.steps``: they are taken again and none is rejected,
+        whatever their error. The first one starts at the new first time, the last one ends at the new last time.
+        With everything else as it was the solve gives the same bits.
     error_estimate : bool, default=False
         Give ``Solution.error_estimate``: each row's squared local errors in units of the tolerance, summed over its
         accepted steps, with gradients by "discrete" (a penalty on it keeps a learned field easy to solve).
@@ -119,6 +127,15 @@ def solve(
         If an argument is not understood, or times are not monotone.
     FieldError
         If the field, or an event's function, returns the wrong shape, dtype or type.
+
+    Notes
+    -----
+    Second and higher derivatives (``create_graph=True``) are those of the accepted steps, taken again in plain torch.
+    So are all derivatives under ``torch.func`` (grad, vjp, jvp, vmap, jacrev, jacfwd, hessian) and with dual numbers;
+    under ``vmap`` every batch's rows take steps of their own. ``torch.compile`` and ``torch.export`` see through solves
+    by a fixed-step method with ``step_size``, or along ``steps``, if t, steps, jump_times and step_times are lists of
+    numbers; ``status`` then tells of rows that failed, ``success`` does not. Other solves run uncompiled between two
+    graphs, and are refused with ``fullgraph=True`` and in exports. Implicit methods have none of these.
 
     References
     ----------
@@ -152,6 +169,7 @@ def solve(
         raise ValueError("error_estimate=True needs gradient='discrete' and an adaptive method.")
     watched = as_watched(events, d)
     dense = dense_output or times.shape[1] > 2 or watched is not None
+    stops = landings(jump_times, step_times, y0, times.dtype)
     batch = arguments.batch_control(step_control, shared, len(y0))
     problem = Problem(
         dynamics,
@@ -161,8 +179,9 @@ def solve(
         memory_budget,
         dense,
         error_estimate,
-        landings(jump_times, step_times, y0, times.dtype),
+        stops,
         watched=watched,
+        plan=given_plan(steps, y0, times, stops, batch is not None, watched is not None),
     )
     if n_quadratures:
         y0 = torch.nn.functional.pad(y0, (0, n_quadratures))
@@ -182,8 +201,10 @@ def solve(
         stats.success,
         error if error_estimate else None,
         _dense=done.dense if dense_output else None,
-        _knots=done.knots if strategy.keeps_steps or dense_output else None,
+        _knots=done.knots,
         quadratures=outputs[..., d:].contiguous() if n_quadratures else None,
+        _problem=problem,
+        _ragged=False if shared else None,
     )
     return solution if watched is None else with_events(solution, watched, done, y)
 
@@ -196,6 +217,8 @@ def _solved(problem: Problem, strategy: GradientStrategy, y0: Tensor, times: Ten
         # Only now it is known for sure which parameters the field has.
         settle(problem.dynamics)
         y, error = Solve.apply(problem, strategy, done, y0, times, *problem.dynamics.trainable())  # type: ignore[no-untyped-call]
+        if not strategy.keeps_steps:
+            done = done._replace(knots=done.knots.bare())
         return done, y, error
     with torch.no_grad():
         done = run(problem, Record(keep_values=problem.dense, keep_errors=problem.keep_errors), y0, times)
