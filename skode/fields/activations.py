@@ -15,7 +15,7 @@ _ops = torch.ops.aten
 class Into(Protocol):
     """A function of one tensor that writes its result into another, which may be the same."""
 
-    def __call__(self, x: Tensor, out: Tensor) -> object:
+    def __call__(self, input: Tensor, /, *, out: Tensor) -> object:
         """Set ``out``."""
         ...
 
@@ -45,19 +45,19 @@ class Activation:
     backward_: Callable[[Tensor, Tensor], object]
 
 
-def _relu_into(x: Tensor, out: Tensor) -> None:
+def _relu_into(x: Tensor, *, out: Tensor) -> None:
     torch.clamp_min(x, 0.0, out=out)
 
 
-def _silu_into(x: Tensor, out: Tensor) -> None:
+def _silu_into(x: Tensor, *, out: Tensor) -> None:
     _ops.silu.out(x, out=out)
 
 
-def _softplus_into(x: Tensor, out: Tensor) -> None:
+def _softplus_into(x: Tensor, *, out: Tensor) -> None:
     _ops.softplus.out(x, out=out)
 
 
-def _copy_into(x: Tensor, out: Tensor) -> None:
+def _copy_into(x: Tensor, *, out: Tensor) -> None:
     if out is not x:
         out.copy_(x)
 

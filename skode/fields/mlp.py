@@ -187,7 +187,7 @@ class MLPField(OffersVjp, nn.Module):
         return tuple(parameter for layer in self.layers for parameter in (layer.weight, layer.bias))  # type: ignore[misc]
 
     def kernel(self, y0: Tensor, *, padded: bool, shared_times: bool) -> MLPKernel | None:
-        """What evaluates the network for a batch like ``y0`` in the solver's memory; None if that is not all it does."""
+        """What evaluates the network in the solver's memory, for a batch like ``y0``; None if that is not all it does."""
         own = type(self).forward is MLPField.forward and type(self).linearize is MLPField.linearize
         if not own or self._forward_hooks or self._forward_pre_hooks:
             return None
@@ -196,7 +196,7 @@ class MLPField(OffersVjp, nn.Module):
         if last.shape[-1] != self.n_dims:
             raise FieldError(f"the network gives {last.shape[-1]} derivatives for states of {self.n_dims} components.")
         layout = ColumnLayout(len(y0), self.n_dims, self.n_members, padded)
-        weights = [torch.cat([layer.weight, layer.bias.unsqueeze(-1)], dim=-1).detach() for layer in self.layers]  # type: ignore[list-item, operator, union-attr]
+        weights = [torch.cat([layer.weight, layer.bias.unsqueeze(-1)], dim=-1).detach() for layer in self.layers]  # type: ignore[list-item, operator]
         return MLPKernel(weights, self._activation, self.time_dependent, layout, shared_times)
 
     # --- layers ---

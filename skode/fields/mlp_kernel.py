@@ -57,7 +57,7 @@ class _Slots(Block):
         self.saved = [[layer[which] for layer in reversed(hidden)] for hidden, _, _ in self.layers]
 
     def _products(self, kernel: MLPKernel, slot: int) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor, Tensor]:
-        """Of each hidden layer its input, where its product goes, and its activation; the last one's input and product."""
+        """Of each hidden layer input, product and activation (where they go); the last one's input and product."""
         products = []
         x = self.first[slot]
         for layer, width in enumerate(kernel.widths):
@@ -85,7 +85,7 @@ class _Slots(Block):
             row[first : first + len(times)] = times
 
     @cached_property
-    def nbytes(self) -> int:  # type: ignore[override]
+    def nbytes(self) -> int:
         own = [] if self._states is None else [self._states]
         return tensor_bytes([self.first, *self.inner, *self.before, self.F, *own])
 

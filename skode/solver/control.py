@@ -1,7 +1,7 @@
 """What decides the steps: tolerances, error norms, and the protocol of the deciders.
 
-Every decider follows the elementary controller (Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I",
-section II.4): h_new = safety h err^(-1/k), for an error estimate of order h^k.
+Every decider follows the elementary controller (Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations
+I", section II.4): h_new = safety h err^(-1/k), for an error estimate of order h^k.
 """
 
 from __future__ import annotations

@@ -130,7 +130,6 @@ class Sweep:
         assert step.block is not None
         asked = self._asked_from_outside(step, outputs)
         kept_back = self._split(step)
-        self._way.begin_step(step.block, step.slot, step.h)
         if isinstance(step.h, float):
             torch.mul(self._scheme.back.weights, step.h, out=self._room.scaled)
         top = self._last_asked(asked)
@@ -180,7 +179,7 @@ class Sweep:
         return asked.error is not None and self._scheme.tableau.e is not None and self._scheme.tableau.e[i] != 0
 
     def _ask(self, step: Step, i: int, asked: _Asked, kept_back: Tensor | None = None, into: int | None = None) -> None:
-        """Set ``a[i]``: from the states of later stages and the solution, the outputs, the error, and what is carried."""
+        """Set ``a[i]``: from later stages' states and the solution, the outputs, the error, and what is carried."""
         h, place = step.h, i if into is None else into
         carried = self._carries and i == self._end
         room = self._room

@@ -56,9 +56,6 @@ class Kernel(ABC):
     def way_back(self, n_stages: int) -> WayBack:
         """What pulls cotangents back through kept evaluations."""
 
-    def begin_step(self, block: Any, first: int, h: Any) -> None:
-        """Hook for kernels that need the step's length."""
-
     def computing(self) -> AbstractContextManager[Any]:
         """The autograd mode to compute in."""
         return torch.no_grad()
@@ -99,12 +96,9 @@ class WayBack(ABC):
         room.V.zero_()
         self.room = room
 
-    def begin_step(self, block: Any, first: int, h: Any) -> None:
-        """Prepare for the step whose first slot is given."""
-
     @abstractmethod
     def pull(self, block: Any, first: int, i: int, out: Tensor, time: bool) -> Tensor | None:
-        """From the room's ``a[i]`` to the cotangent of stage i's state; returns the times' (one for each row) if asked."""
+        """From the room's ``a[i]`` to the cotangent of stage i's state; returns the rows' times' if asked."""
 
     @abstractmethod
     def accumulate(self, block: Any, first: int, low: int, high: int) -> None:

@@ -24,6 +24,16 @@ class Layout(Protocol):
     """
 
     @property
+    def n(self) -> int:
+        """The callers' rows."""
+        ...
+
+    @property
+    def d(self) -> int:
+        """Components."""
+        ...
+
+    @property
     def state(self) -> tuple[int, ...]:
         """Shape of a state."""
         ...

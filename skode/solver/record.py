@@ -117,7 +117,7 @@ class Record:
     def _hand_on(
         self, stepper: Stepper, place: Place, verdict: Verdict, block: Block, slot: int, handed_on: bool
     ) -> Place:
-        """Copy to a new slot the state, and the field's value if it is known, of rows that went on and of those that did not."""
+        """Copy to a new slot the state, and the field's value if known, of rows that went on and that did not."""
         end = place.slot + stepper.scheme.end
         source, accept = place.block, verdict.accept
         if accept is None:

@@ -48,7 +48,8 @@ def run(problem: Problem, record: Record, y0: Tensor, times: Tensor) -> Run:
     return Run(times, y, error, stats, stepper, record, knots, dense, found)
 
 
-def _integrate(problem: Problem, stepper: Stepper, record: Record, y0: Tensor, t0: Tensor, t1: Tensor
+def _integrate(
+    problem: Problem, stepper: Stepper, record: Record, y0: Tensor, t0: Tensor, t1: Tensor
 ) -> tuple[Tensor, Stats, Watch | None]:
     with stepper.kernel.computing():
         control = problem.control(stepper, t0, t1)

@@ -183,7 +183,6 @@ class Stepper:
             if times is None:
                 times = stage_times(self.scheme, self.kernel.layout, span.t_next, span.t_next - span.t)
             block.set_times(first + 1, times)
-        self.kernel.begin_step(block, first, span.h)
         if isinstance(span.h, float):
             self._stages_shared(block, first, span.h, keep)
         else:
