@@ -187,7 +187,7 @@ class MLPField(OffersVjp, nn.Module):
         return tuple(parameter for layer in self.layers for parameter in (layer.weight, layer.bias))  # type: ignore[misc]
 
     def kernel(self, y0: Tensor, *, padded: bool, shared_times: bool) -> MLPKernel | None:
-        """What evaluates the network in the solver's memory, for a batch like ``y0``; None if that is not all it does."""
+        """What evaluates the network in the solver's memory, for a batch like ``y0``; None for what overrides it."""
         own = type(self).forward is MLPField.forward and type(self).linearize is MLPField.linearize
         if not own or self._forward_hooks or self._forward_pre_hooks:
             return None
