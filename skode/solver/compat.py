@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from skode.solver.compat_form import Form, State
 from skode.solver.compat_options import (
@@ -59,7 +59,7 @@ def odeint(
         Tolerances of adaptive methods. A step is judged by the root mean square of the errors in units of the
         tolerance, for tuples by the largest of the parts' root mean squares.
     method : str, default="dopri5"
-        Adaptive: "dopri5", "tsit5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun". Fixed steps: "euler", "midpoint",
+        Adaptive: "dopri5", "tsit5", "bosh3", "fehlberg2", "adaptive_heun". Fixed steps: "euler", "midpoint",
         "heun2", "heun3", "rk4" (the 3/8 rule, as in torchdiffeq). Other names of :func:`solve` are understood, too.
     gradient : str or strategy, default="discrete"
         See :func:`solve`.
@@ -168,6 +168,8 @@ def odeint_adjoint(
     check_adjoint_options(adjoint_options or {}, options or {})
     gradient = adjoint_gradient(method, adjoint_method, {"rtol": adjoint_rtol, "atol": adjoint_atol})
     chosen = {}
+    if adjoint_params is None and isinstance(func, nn.Module):
+        adjoint_params = tuple(func.parameters())  # as in torchdiffeq: no others
     if adjoint_params is not None:
         chosen["parameters"] = tuple(p for p in adjoint_params if p.requires_grad)
     return _integrate(func, y0, t, rtol, atol, method, options, event_fn, gradient=gradient, **chosen)

@@ -347,7 +347,7 @@ def test_a_failed_solve_says_where_and_what_to_change():
         return y**2
 
     with pytest.raises(
-        SolverError, match=r"explosion: the solve stopped at t=1 after \d+ accepted and \d+ rejected steps: "
+        SolverError, match=r"explosion: the solve stopped at t=1 after \d+ accepted and \d+ rejected steps, "
     ):
         odeint(explosion, torch.ones(1, dtype=F64), times(0, 2))
 

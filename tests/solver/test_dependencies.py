@@ -374,7 +374,7 @@ def test_a_norm_over_all_rows_is_that_of_the_callers(n: int) -> None:
     exact = solve(lambda t, y: -t * y * y.norm(), y0.double(), [0.0, 1.0], rtol=1e-5, atol=1e-6)
     if n == 1:  # with more, each row's own steps see others at other times
         torch.testing.assert_close(found.y1.double(), exact.y1, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.y1.norm().double(), exact.y1.norm(), rtol=0.1, atol=0)
+    torch.testing.assert_close(found.y1.norm().double(), exact.y1.norm(), rtol=0.15, atol=0)
 
 
 # --- integrals ---

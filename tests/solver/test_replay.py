@@ -170,13 +170,6 @@ def test_the_adaptive_map_itself_passes_gradcheck_at_tight_tolerances(method: st
     assert gradcheck(states, (y0, t, *field.parameters()), eps=1e-4, atol=1e-5, rtol=1e-4, fast_mode=True)
 
 
-@pytest.mark.parametrize("method", ["tsit5", "bosh3", "rk4"])
-def test_the_reversible_replay_passes_gradcheck(method: str) -> None:
-    field, y0, t = small_field(), random_states(7, 2).requires_grad_(), times(0.0, 0.4, 1.0).requires_grad_()
-    states = replayed_map(field, y0, t, gradient="reversible", **coarse(method))
-    assert gradcheck(states, (y0, t, *field.parameters()), atol=2e-6, rtol=1e-4)
-
-
 @pytest.mark.parametrize("budget", [0, 1, 2000, 2**28])
 @with_both_controls
 def test_whatever_the_budget_the_gradient_is_the_same(budget: int, control: str) -> None:
@@ -347,7 +340,7 @@ def gradients_of(y: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)
 
 
-@pytest.mark.parametrize("gradient", ["discrete", "adjoint", "reversible"])
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
 @with_both_controls
 @pytest.mark.parametrize("wrap", [lambda field: field, Plain])
 def test_solves_between_a_solve_and_its_backward_change_nothing(
