@@ -230,16 +230,18 @@ class RowControl:
         """All rows that wanted to have gone on."""
         self.t = span.t_next
         if self.tolerance.step_size is None:
-            tables = self._tables
-            bucket = torch.bucketize(norm, tables.edges)
-            growth = torch.take(tables.accepted, bucket)
-            if self._was_rejected is not None:
-                growth = torch.where(self._was_rejected, growth.clamp(max=1.0), growth)
-                self._was_rejected = None
-            self.h = growth.mul_(self._try)
+            self.h = self._growth(torch.bucketize(norm, self._tables.edges)).mul_(self._try)
+            self._was_rejected = None
             self._bound()
         if n_arrived and self._stops is None:
             self._active = self._active & ~self._last
+
+    def _growth(self, bucket: Tensor) -> Tensor:
+        """The step factors of accepted errors; a step that follows a rejection does not grow."""
+        growth = torch.take(self._tables.accepted, bucket)
+        if self._was_rejected is None:
+            return growth
+        return torch.where(self._was_rejected, growth.clamp(max=1.0), growth)
 
     def _sort_out(self, norm: Tensor, span: Span, accept: Tensor) -> None:
         """Some rows were rejected: they try again, or stop; a failed row keeps its last good state."""
@@ -247,12 +249,8 @@ class RowControl:
         self._dirty = self._dirty or bool((active & ~finite).any())
         self.t = torch.where(accept, span.t_next, self.t)
         if self.tolerance.step_size is None:
-            tables = self._tables
-            bucket = torch.bucketize(norm, tables.edges)
-            growth = torch.take(tables.accepted, bucket)
-            if self._was_rejected is not None:
-                growth = torch.where(self._was_rejected, growth.clamp(max=1.0), growth)
-            factor = torch.where(accept, growth, tables.rejected[bucket])
+            bucket = torch.bucketize(norm, self._tables.edges)
+            factor = torch.where(accept, self._growth(bucket), self._tables.rejected[bucket])
             self.h = torch.where(active, self._try * factor, self.h)
             self._bound()
             self._was_rejected = active & ~accept

@@ -117,11 +117,11 @@ class SharedControl:
         target = self._stops[0][0]
         remaining = target - self.t
         if self.h >= abs(remaining) * (1 - 1e-9):
-            h, t_next = remaining, target
+            t_next = target
         else:
             # The last two steps share what is left, so that none of them is a sliver.
-            h = remaining / 2 if self._adapts and 2 * self.h > abs(remaining) else self.sign * self.h
-            t_next = self.t + h
+            shared = self._adapts and 2 * self.h > abs(remaining)
+            t_next = self.t + (remaining / 2 if shared else self.sign * self.h)
         h = t_next - self.t
         times = None
         if (self._aside and (self._side or self._stops[0][1])) or self._standing is not None:

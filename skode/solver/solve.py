@@ -78,7 +78,7 @@ def solve(
         A step is accepted if the root mean square of error / (atol + rtol abs(y)) is at most 1. With ``n_quadratures``
         a tensor may have d + q entries, else the integrals have the strictest of them; components and integrals with an
         infinite tolerance do not count.
-    gradient : {"discrete", "adjoint"}, default="discrete"
+    gradient : {"discrete", "adjoint"} or strategy, default="discrete"
         "discrete" is the exact derivative of the accepted steps; "adjoint" solves the adjoint equation back in time
         [1]_, with memory that does not grow with the number of steps, and is as exact as the tolerance.
     step_control : {"row", "batch"} or BatchControl, default="row"
@@ -88,6 +88,10 @@ def solve(
         longest one ("row").
     first_step : float, optional
         Length of the first step that an adaptive method tries; estimated if not given.
+    min_step, max_step : float, optional
+        Bounds of the steps' lengths; a step of ``min_step`` is accepted whatever its error, if that is finite.
+    jump_times, step_times : tensor or list of shape (k,) or (n, k), optional
+        Times where steps end; at ``jump_times`` the field jumps: it is asked just before and just after, never there.
     max_num_steps : int, default=10000
         Largest number of steps, accepted or not, of a row.
     dense_output : bool, default=False
@@ -109,8 +113,8 @@ def solve(
         Give ``Solution.error_estimate``: each row's squared local errors in units of the tolerance, summed over its
         accepted steps, with gradients by "discrete" (a penalty on it keeps a learned field easy to solve).
     memory_budget : int, default=2**28
-        Bytes that "discrete" may use to keep what its forward computed ("batch"); beyond that, stages are computed
-        once more going back.
+        Bytes that "discrete" may use to keep what its forward computed, about; beyond that it keeps states, and
+        computes stages once more going back.
     events : Event or sequence of Event, optional
         What happens to rows where functions of their time and state become 0. A terminal event ends its row; see
         ``Solution.event_t``, ``.event_y``, ``.event_index`` and, for all of them, ``.crossings``. Gradients reach the
