@@ -16,6 +16,7 @@ from skode.exceptions import SolverError
 from skode.solver.control import Tolerance, Verdict
 from skode.solver.dynamics import Dynamics
 from skode.solver.gradients import Gradients, Run
+from skode.solver.implicit import jacobian
 from skode.solver.integrate import integrate
 from skode.solver.layout import PADDING, RowLayout
 from skode.solver.problem import Landings, Problem
@@ -48,6 +49,17 @@ class _AdjointDynamics:
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         return self.linearize(t, z)[0]
+
+    def jacobian(self, t: Tensor, z: Tensor) -> Tensor:
+        """Of an implicit method's steps, but for what the state does to the adjoint's slope.
+
+        That would take second derivatives; Newton's method gets by without: once the state stands, what is left is
+        linear in the adjoint.
+        """
+        y, _ = z.chunk(2, dim=1)
+        J = jacobian(self._dynamics, t, y.contiguous())
+        nothing = torch.zeros_like(J)
+        return torch.cat([torch.cat([J, nothing], dim=2), torch.cat([nothing, -J.mT], dim=2)], dim=1)
 
 
 @dataclass

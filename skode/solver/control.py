@@ -69,8 +69,8 @@ class Verdict(NamedTuple):
 
     ``h`` is the step that counts (0 where a row stays), ``accept`` the rows that go on (None: all that want to).
     ``accepted``: whether any row did; ``finite``: whether everything that counts is; ``jumped``: whether the field
-    has to be asked again where the next step starts. ``ratio`` is each component's error in units of the tolerance,
-    ``unit`` that unit.
+    has to be asked again where the next step starts. ``ratio`` is each component's error in units of the tolerance (of
+    the second estimate ``ratio2``), ``unit`` that unit.
     """
 
     h: Tensor | float
@@ -80,6 +80,7 @@ class Verdict(NamedTuple):
     jumped: bool = False
     ratio: Tensor | None = None
     unit: Tensor | None = None
+    ratio2: Tensor | None = None
 
 
 class Control(Protocol):

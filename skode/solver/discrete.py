@@ -130,6 +130,7 @@ class Sweep:
         assert step.block is not None
         asked = self._asked_from_outside(step, outputs)
         kept_back = self._split(step)
+        self._way.begin_step(step.h)
         if isinstance(step.h, float):
             torch.mul(self._scheme.back.weights, step.h, out=self._room.scaled)
         top = self._last_asked(asked)
@@ -176,7 +177,7 @@ class Sweep:
     def _is_asked(self, i: int, asked: _Asked) -> bool:
         if asked.stages is not None or self._scheme.back.used[i] or (i == self._end and self._carries):
             return True
-        return asked.error is not None and self._scheme.tableau.e is not None and self._scheme.tableau.e[i] != 0
+        return asked.error is not None and any(e[i] != 0 for e in self._scheme.tableau.estimates)
 
     def _ask(self, step: Step, i: int, asked: _Asked, kept_back: Tensor | None = None, into: int | None = None) -> None:
         """Set ``a[i]``: from later stages' states and the solution, the outputs, the error, and what is carried."""
@@ -187,8 +188,9 @@ class Sweep:
         rows = room.scaled_rows if isinstance(h, float) else self._scheme.back.rows
         torch.mv(room.stacks[i + 1], rows[i], out=flat)
         scale = h if isinstance(h, float) else 1.0
-        if asked.error is not None and self._scheme.tableau.e is not None:
-            a.add_(asked.error, alpha=self._scheme.tableau.e[i] * scale)
+        if asked.error is not None:
+            for error, e in zip(asked.error, self._scheme.tableau.estimates, strict=True):
+                a.add_(error, alpha=e[i] * scale)
         if asked.stages is not None:
             a.add_(asked.stages[i], alpha=scale)
         if not isinstance(h, float):
@@ -236,9 +238,9 @@ class Sweep:
 
     def _asked_from_outside(self, step: Step, outputs: _Outputs | None) -> _Asked:
         error = None if step.error is None or self._g_error is None else step.error * self._g_error
+        if self._extras_used:
+            self._clear_extras()
         if outputs is None:
-            if self._extras_used:
-                self._clear_extras()
             return _NOTHING if error is None else _Asked(error, None, None)
         inner = ~outputs.at_end
         n, d = self._layout.n, self._layout.d
@@ -265,7 +267,7 @@ class Sweep:
 
 
 class _Asked(NamedTuple):
-    """Cotangents from outside of the step: of its error, of its stages' values (over h), and of its start."""
+    """Cotangents from outside of the step: of its error's estimates, of its stages' values (over h), and of its start."""
 
     error: Tensor | None
     stages: list[Tensor] | None

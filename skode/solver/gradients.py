@@ -17,7 +17,8 @@ from skode.solver.watch import Found
 class Run(NamedTuple):
     """A finished solve: outputs (n, m, d), summed squared errors (n,), statistics, and what its gradient needs.
 
-    Events that were ``found`` have outputs too: ``times`` then hold theirs, row by row.
+    Events that were ``found`` have outputs too: ``times`` then hold theirs, row by row. ``advice`` is for rows that
+    failed.
     """
 
     times: Tensor
@@ -28,6 +29,7 @@ class Run(NamedTuple):
     record: Record
     knots: Knots
     dense: DenseOutput | None
+    advice: dict[int, str]
     found: Found | None = None
 
 

@@ -18,6 +18,7 @@ from skode.exceptions import FieldError
 from skode.solver.arena import Block, Lease, empty, numbers, tensor_bytes
 from skode.solver.dynamics import Dynamics
 from skode.solver.layout import Layout, PaddedLayout
+from skode.solver.solution import Stats
 
 
 class Kernel(ABC):
@@ -31,6 +32,8 @@ class Kernel(ABC):
     """
 
     uses_time = True
+    failed: Tensor | None = None
+    """Rows whose last step has no solution, one flag for each; None for kernels that only evaluate."""
 
     def __init__(self, layout: Layout, shared_times: bool) -> None:
         self.layout, self.shared_times = layout, shared_times
@@ -55,6 +58,13 @@ class Kernel(ABC):
     @abstractmethod
     def way_back(self, n_stages: int) -> WayBack:
         """What pulls cotangents back through kept evaluations."""
+
+    def begin_step(self, block: Any, first: int, h: Any) -> None:  # noqa: B027
+        """A step of length ``h`` begins at a slot: for kernels whose stages depend on it."""
+
+    def counted(self, stats: Stats) -> Stats:
+        """The statistics with what the kernel evaluated on its own account."""
+        return stats
 
     def computing(self) -> AbstractContextManager[Any]:
         """The autograd mode to compute in."""
@@ -95,6 +105,9 @@ class WayBack(ABC):
     def __init__(self, room: Cotangents) -> None:
         room.V.zero_()
         self.room = room
+
+    def begin_step(self, h: Any) -> None:  # noqa: B027
+        """The stages of a step of length ``h`` come next: for kernels whose stages depend on it."""
 
     @abstractmethod
     def pull(self, block: Any, first: int, i: int, out: Tensor, time: bool) -> Tensor | None:

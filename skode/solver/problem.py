@@ -12,6 +12,7 @@ from torch import Tensor
 from skode.solver.control import BatchControl, CountingControl, Tolerance
 from skode.solver.dynamics import Dynamics
 from skode.solver.events import Watched
+from skode.solver.implicit import ImplicitKernel
 from skode.solver.kernels import Kernel, TapeKernel
 from skode.solver.layout import PADDING, Layout, PaddedLayout, RowLayout
 from skode.solver.plan import Plan
@@ -61,8 +62,9 @@ class Problem:
         by_row = self.batch is None or not len(y0)
         # Rows that an event has ended keep their time while the others go on.
         shared_times = not by_row and self.watched is None
+        implicit = self.scheme.tableau.implicit
         make = getattr(self.dynamics, "kernel", None)
-        if make is not None and len(y0):
+        if make is not None and len(y0) and not implicit:
             kernel: Kernel | None = make(y0, padded=by_row, shared_times=shared_times)
             if kernel is not None:
                 return kernel
@@ -70,6 +72,8 @@ class Problem:
         uneven = by_row and len(y0) % PADDING and y0.dtype == torch.float32
         if uneven and self.padded and getattr(self.dynamics, "any_rows", False):
             layout = PaddedLayout(*y0.shape)
+        if implicit:
+            return ImplicitKernel(self.dynamics, layout, shared_times, y0, self.scheme.tableau, self.tolerance)
         return TapeKernel(self.dynamics, layout, shared_times, y0)
 
     def control(self, stepper: Stepper, t0: Tensor, t1: Tensor) -> CountingControl:

@@ -21,9 +21,10 @@ class Step(NamedTuple):
 
     ``h`` is what counted (0 for rows that stay), ``accept`` the rows that went on (None: all that wanted to). ``own``
     tells whether the first stage was evaluated for this step, not handed on, and ``start_time`` when, if that is not
-    simply the span's start. Stages lie in ``block`` from ``slot`` on
+    simply the span's start; ``f`` is what was handed on, where an evaluation would not give it again. Stages lie in ``block`` from ``slot`` on
     (None: they are computed again from a state before). ``F`` are the field's values for dense output, ``y`` the
-    state at the start where it is kept apart, ``error`` the derivative of the squared error with the error.
+    state at the start where it is kept apart, ``error`` the derivative of the squared error with
+    the error's estimates.
     """
 
     span: Span
@@ -36,6 +37,7 @@ class Step(NamedTuple):
     F: Tensor | None = None
     error: Tensor | None = None
     start_time: Tensor | None = None
+    f: Tensor | None = None
 
 
 @dataclass
@@ -170,11 +172,12 @@ class Record:
         if self.keeps_stages:
             step = Step(span, verdict.h, verdict.accept, own, place.block, place.slot, None, None, error)
         else:
-            y = None
+            y, f = None, None
             if self.keep_values or (self.stride and len(self.steps) % self.stride == 0):
                 y = place.y.clone()
+                f = place.f.clone() if stepper.scheme.tableau.implicit else None
                 self._n_kept_states += 1
-            step = Step(span, verdict.h, verdict.accept, own, None, 0, y, values, error)
+            step = Step(span, verdict.h, verdict.accept, own, None, 0, y, values, error, f=f)
         self.steps.append(step)
         if self.keep:
             self._fit(stepper)
@@ -190,11 +193,13 @@ class Record:
             return
         if self.keep_values:
             return
-        state_bytes = self.steps[0].y.nbytes if self.steps[0].y is not None else 0
+        state_bytes = sum(x.nbytes for x in (self.steps[0].y, self.steps[0].f) if x is not None)
         longest = max(1, self.budget // 2 // max(1, stepper.kernel.slot_bytes * (stepper.n_slots - 1)))
         while self._n_kept_states * state_bytes > self.budget // 2 and 2 * self.stride <= longest:
             self.stride *= 2
-            self.steps = [step if i % self.stride == 0 else step._replace(y=None) for i, step in enumerate(self.steps)]
+            self.steps = [
+                step if i % self.stride == 0 else step._replace(y=None, f=None) for i, step in enumerate(self.steps)
+            ]
             self._n_kept_states = -(-len(self.steps) // self.stride)
 
     def _keep_states_only(self, stepper: Stepper) -> None:
@@ -206,6 +211,7 @@ class Record:
             else step._replace(
                 block=None,
                 y=step.block.y[step.slot].clone(),
+                f=step.block.f[step.slot].clone() if stepper.scheme.tableau.implicit else None,
                 F=step.block.F[step.slot : step.slot + n].clone() if self.keep_values else None,
             )
             for step in self.steps
@@ -215,11 +221,28 @@ class Record:
         self.leases.clear()
 
     def _note_error(self, stepper: Stepper, verdict: Verdict) -> Tensor | None:
-        """Add the mean square of error / unit, and return its derivative with the error (the unit held fixed)."""
+        """Add the square of error / unit, and return its derivative with the error (the unit held fixed).
+
+        With two estimates the derivatives come side by side.
+        """
         if verdict.ratio is None or verdict.unit is None:
             return None
-        dim = stepper.kernel.layout.dim
-        ratio = verdict.ratio * verdict.h
-        square = stepper.kernel.layout.leave(ratio.square().mean(dim=dim, keepdim=True)).reshape(-1)
-        self.error = square if self.error is None else self.error + square
-        return torch.where(ratio == 0, 0.0, ratio / verdict.unit).mul_(2 / ratio.shape[dim])
+        layout, dim = stepper.kernel.layout, stepper.kernel.layout.dim
+        ratios = [ratio * verdict.h for ratio in (verdict.ratio, verdict.ratio2) if ratio is not None]
+        squares = [ratio.square().mean(dim=dim, keepdim=True) for ratio in ratios]
+        square, slopes = (squares[0], [1.0]) if len(squares) == 1 else _combined(*squares)
+        own = layout.leave(square).reshape(-1)
+        self.error = own if self.error is None else self.error + own
+        return torch.stack(
+            [
+                torch.where(ratio == 0, 0.0, ratio / verdict.unit).mul_(2 / ratio.shape[dim]).mul_(slope)
+                for ratio, slope in zip(ratios, slopes, strict=True)
+            ]
+        )
+
+
+def _combined(first: Tensor, second: Tensor) -> tuple[Tensor, list[Any]]:
+    """What two estimates' squares give together (see ``control.combined``), and its derivatives with both."""
+    total = torch.where(first == 0, 1.0, first + 0.01 * second)
+    share = first / total
+    return first * share, [share * (2 - share), -0.01 * share.square()]

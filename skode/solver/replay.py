@@ -25,10 +25,12 @@ class Replay:
     steps : sequence of Step
     start_time : tensor
         The time that the field sees at the start, in the state's dtype.
+    f : tensor, optional
+        What the step before handed on, if the field does not give it again.
     """
 
-    def __init__(self, stepper: Stepper, steps: Sequence[Step], start_time: Tensor) -> None:
-        self._stepper, self._steps, self._start_time = stepper, steps, start_time
+    def __init__(self, stepper: Stepper, steps: Sequence[Step], start_time: Tensor, f: Tensor | None = None) -> None:
+        self._stepper, self._steps, self._start_time, self._f = stepper, steps, start_time, f
         self._index = 0
 
     @property
@@ -40,6 +42,8 @@ class Replay:
 
     def begin(self, kernel: Kernel, y: Tensor, f: Tensor) -> None:
         """Nothing has to be chosen."""
+        if self._f is not None:
+            f.copy_(self._f)
 
     def propose(self) -> Span:
         step = self._steps[self._index]
@@ -85,11 +89,11 @@ def replayed(stepper: Stepper, steps: Sequence[Step], dead: Tensor | None) -> tu
     """
     first = steps[0]
     assert first.y is not None
-    y, start = first.y, first_time(stepper, first)
+    y, f, start = first.y, first.f, first_time(stepper, first)
     if dead is not None:
-        y, start, steps = _with_stand_ins(stepper, steps, y, start, dead)
+        y, f, start, steps = _with_stand_ins(stepper, steps, y, f, start, dead)
     record = Record(keep=True, budget=2**62)
-    integrate(stepper, y, Replay(stepper, steps, start), record)
+    integrate(stepper, y, Replay(stepper, steps, start, f), record)
     again = [
         step._replace(block=own.block, slot=own.slot, h=own.h, accept=None, span=own.span)
         for step, own in zip(steps, record.steps, strict=True)
@@ -98,8 +102,8 @@ def replayed(stepper: Stepper, steps: Sequence[Step], dead: Tensor | None) -> tu
 
 
 def _with_stand_ins(
-    stepper: Stepper, steps: Sequence[Step], y: Tensor, start: Tensor, dead: Tensor
-) -> tuple[Tensor, Tensor, Sequence[Step]]:
+    stepper: Stepper, steps: Sequence[Step], y: Tensor, f: Tensor | None, start: Tensor, dead: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Sequence[Step]]:
     layout = stepper.kernel.layout
     moves = torch.zeros_like(dead)
     for step in steps:
@@ -119,4 +123,5 @@ def _with_stand_ins(
         span = span._replace(t=torch.where(idle, t, span.t), t_next=torch.where(idle, t, span.t_next), times=times)
         return step._replace(span=span)
 
-    return with_stand_in(y), with_stand_in(start), [stays(step) for step in steps]
+    stand_in_f = None if f is None else with_stand_in(f)
+    return with_stand_in(y), stand_in_f, with_stand_in(start), [stays(step) for step in steps]

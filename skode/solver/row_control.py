@@ -179,15 +179,18 @@ class RowControl:
         return torch.clamp(times, torch.minimum(start, end), torch.maximum(start, end))
 
     def judge(self, place: Place, span: Span, attempt: Attempt) -> Verdict:
-        parts, unit, dim = None, None, self.layout.dim
+        parts, unit, second, dim = None, None, attempt.error2, self.layout.dim
         if attempt.error is None:
             norm = torch.where(torch.isfinite(attempt.y1).all(dim=dim, keepdim=True), 0.0, torch.nan).to(self.dtype)
         else:
             unit = self.tolerance.unit(place.y, attempt.y1)
             parts = attempt.error.div_(unit)
             norm = row_norm(parts, dim).mul_(span.h.abs())
-            if attempt.error2 is not None:
-                norm = combined(norm, row_norm(attempt.error2.div_(unit), dim).mul_(span.h.abs()))
+            if second is not None:
+                norm = combined(norm, row_norm(second.div_(unit), dim).mul_(span.h.abs()))
+        failed = attempt.failed
+        if failed is not None:
+            norm = torch.where(failed, torch.inf, norm)
         accept = torch.le(norm, 1).logical_and_(self._active)
         if self.tolerance.min_step:
             accept |= self._active & torch.isfinite(norm) & (self._try <= self.tolerance.min_step)
@@ -199,7 +202,7 @@ class RowControl:
         if everyone:
             self._go_on(norm, span, n_arrived)
         else:
-            self._sort_out(norm, span, accept)
+            self._sort_out(norm, span, accept, failed)
         if n_arrived and self._stops is not None:
             jumped = self._reach(arrived)
         self._limit()
@@ -212,7 +215,8 @@ class RowControl:
         h = span.h if whole else span.h * accept
         if parts is not None and not whole:
             parts = torch.where(accept, parts, 0.0)
-        return Verdict(h, None if whole else accept, n_accepted > 0, not self._dirty, jumped, parts, unit)
+            second = None if second is None else torch.where(accept, second, 0.0)
+        return Verdict(h, None if whole else accept, n_accepted > 0, not self._dirty, jumped, parts, unit, second)
 
     def _count(self, accept: Tensor, everyone: bool) -> None:
         if everyone and self._n_active == self._n_rows:
@@ -243,10 +247,10 @@ class RowControl:
             return growth
         return torch.where(self._was_rejected, growth.clamp(max=1.0), growth)
 
-    def _sort_out(self, norm: Tensor, span: Span, accept: Tensor) -> None:
+    def _sort_out(self, norm: Tensor, span: Span, accept: Tensor, failed: Tensor | None) -> None:
         """Some rows were rejected: they try again, or stop; a failed row keeps its last good state."""
         active, finite = self._active, torch.isfinite(norm)
-        self._dirty = self._dirty or bool((active & ~finite).any())
+        self._dirty = self._dirty or bool((active & ~(finite if failed is None else finite | failed)).any())
         self.t = torch.where(accept, span.t_next, self.t)
         if self.tolerance.step_size is None:
             bucket = torch.bucketize(norm, self._tables.edges)
@@ -260,6 +264,8 @@ class RowControl:
             stuck = stuck & ((self.h <= tiny) | (~finite & (self._try <= self.tolerance.min_step)))
         self._status.masked_fill_(stuck & finite, Status.STEP_UNDERFLOW)
         self._status.masked_fill_(stuck & ~finite, Status.NON_FINITE)
+        if failed is not None:
+            self._status.masked_fill_(stuck & failed, Status.NO_CONVERGENCE)
         self._active = active & ~stuck
         if self._stops is None:
             self._active &= ~(accept & self._last)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skode.solver import stiffness
 from skode.solver.gradients import GradientStrategy, Run
 from skode.solver.integrate import integrate
 from skode.solver.interpolate import DenseOutput, Knots
@@ -45,7 +46,10 @@ def run(problem: Problem, record: Record, y0: Tensor, times: Tensor) -> Run:
         dense = DenseOutput(record.steps, y_end.clone(), knots, problem.scheme, layout).settle()
     y = _outputs(y0, times, y_end, stats, dense)
     error = y0.new_zeros(len(y0)) if record.error is None else record.error.clone()
-    return Run(times, y, error, stats, stepper, record, knots, dense, found)
+    advice = {} if stats.success else stiffness.advice(
+        problem.dynamics, problem.scheme.tableau, problem.tolerance, y_end, stats, t0, t1
+    )
+    return Run(times, y, error, stats, stepper, record, knots, dense, advice, found)
 
 
 def _integrate(
@@ -55,7 +59,7 @@ def _integrate(
         control = problem.control(stepper, t0, t1)
         watch = None if problem.watched is None else Watch(problem.watched, stepper, control)
         end = integrate(stepper, stepper.kernel.layout.enter(y0), control, record, watch)
-        return end, control.stats(end), watch
+        return end, stepper.kernel.counted(control.stats(end)), watch
 
 
 def _outputs(y0: Tensor, times: Tensor, y_end: Tensor, stats: Stats, dense: DenseOutput | None) -> Tensor:

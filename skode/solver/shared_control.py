@@ -65,6 +65,7 @@ class SharedControl:
         self._evals_a_step = scheme.n_stages - 1  # the first stage is known when the first step begins
         self._stops, self._aside = list(stops.t), stops.aside
         self._side = float(stops.at_start and stops.aside)
+        self._reason = Status.NON_FINITE  # of an error without bounds
         self.h = 0.0
         self._proposed: Span | None = None
         self._standing: Standing | None = None
@@ -151,7 +152,7 @@ class SharedControl:
 
     def judge(self, place: Place, span: Span, attempt: Attempt) -> Verdict:
         self._n_evals += self._evals_a_step
-        error, ratio, unit = 0.0, None, None
+        error, ratio, unit, second = 0.0, None, None, attempt.error2
         h_of_rows = span.h
         span = span if self._standing is None or self._proposed is None else self._proposed
         if attempt.error is not None and self._adapts:
@@ -160,11 +161,15 @@ class SharedControl:
                 self._standing.clear(attempt.error, attempt.error2)
             ratio = attempt.error.div_(unit)
             error = self._norm(ratio, span.h)
-            if attempt.error2 is not None and error:
-                second = self._norm(attempt.error2.div_(unit), span.h)
-                error = error * error / math.sqrt(error * error + 0.01 * second * second)
+            if second is not None:
+                coarse = self._norm(second.div_(unit), span.h)
+                error = error * (error / math.hypot(error, 0.1 * coarse)) if error else 0.0
+        if attempt.failed is not None and bool(attempt.failed.any()):
+            error, self._reason = math.inf, Status.NO_CONVERGENCE
+        else:
+            self._reason = Status.NON_FINITE
         self._error_now = error
-        accepted = error <= 1 or (abs(span.h) <= self.tolerance.min_step and math.isfinite(error))
+        accepted = error <= 1 or (abs(span.h) <= self.tolerance.min_step * (1 + 1e-9) and math.isfinite(error))
         if self._adapts:
             self._next_step(abs(span.h), error, accepted)
         if not accepted:
@@ -176,7 +181,7 @@ class SharedControl:
         jumped = self._arrive(span.t_next)
         if self.running and self._n_steps + self._n_rejected >= self.tolerance.max_num_steps:
             self._stop(Status.MAX_STEPS)
-        return Verdict(h_of_rows, None, True, True, jumped, ratio, unit)
+        return Verdict(h_of_rows, None, True, True, jumped, ratio, unit, second)
 
     def _reject(self, error: float) -> None:
         self._n_rejected += 1
@@ -186,7 +191,7 @@ class SharedControl:
         if self.h <= 4 * torch.finfo(torch.float64).eps * max(abs(self.t), abs(self.t1)) or (
             not math.isfinite(error) and self.h <= self.tolerance.min_step
         ):
-            self._stop(Status.STEP_UNDERFLOW if math.isfinite(error) else Status.NON_FINITE)
+            self._stop(Status.STEP_UNDERFLOW if math.isfinite(error) else self._reason)
 
     def _arrive(self, t_next: float) -> bool:
         """Go on to ``t_next``; whether the field jumps there."""

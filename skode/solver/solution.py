@@ -26,6 +26,7 @@ class Status(IntEnum):
     NON_FINITE = 3
     EVENT = 4
     GRAZING = 5
+    NO_CONVERGENCE = 6
 
     @property
     def message(self) -> str:
@@ -48,6 +49,8 @@ _MESSAGES = {
     Status.EVENT: "a terminal event ended the solve",
     Status.GRAZING: "a terminal event ended the solve where its function touches zero without a slope; gradients do "
     "not flow through the event's time",
+    Status.NO_CONVERGENCE: "the step shrank to round-off, and still Newton's method found no solution of an implicit "
+    "step: the field is too steep or not smooth there; raise rtol or atol, or make the field smoother",
 }
 
 
@@ -97,7 +100,8 @@ class Solution:
     status : tensor of shape (n,), int8
         One of :class:`Status`.
     n_evals, n_steps, n_rejected : tensors of shape (n,), int64
-        Evaluations of the field, accepted and rejected steps.
+        Evaluations of the field, accepted and rejected steps. With an implicit method those of each row's own Newton
+        iterations, and one for every Jacobian.
     t_reached : tensor of shape (n,)
         Where each row stopped.
     last_step, last_norm : tensors of shape (n,)

@@ -72,8 +72,10 @@ def solve(
         Output times, the first one y0's: shared, or each row's own; ascending or descending (rows may differ), equal
         neighbours allowed, NaN-padded at the end for rows with fewer times.
     method : str, default="tsit5"
-        Adaptive: "tsit5", "dopri5", "bosh3", "rk32", "fehlberg2", "adaptive_heun", "adaptive_midpoint". Fixed steps:
-        "euler", "midpoint", "heun", "rk4" (classic), "rk4_38" (the 3/8 rule).
+        Adaptive: "tsit5", "dopri5", "dopri8", "bosh3", "rk32", "fehlberg2", "adaptive_heun", "adaptive_midpoint".
+        Adaptive and implicit, for stiff problems: "kencarp4", "kvaerno3"; a step then solves for its stages with the
+        field's Jacobian, d vector-Jacobian products for states of d components. Fixed steps: "euler", "midpoint",
+        "heun", "heun3", "rk4" (classic), "rk4_38" (the 3/8 rule).
     rtol, atol : float or tensor of shape (d,)
         A step is accepted if the root mean square of error / (atol + rtol abs(y)) is at most 1. With ``n_quadratures``
         a tensor may have d + q entries, else the integrals have the strictest of them; components and integrals with an
@@ -204,6 +206,7 @@ def solve(
         stats.next_step,
         stats.success,
         error if error_estimate else None,
+        done.advice,
         _dense=done.dense if dense_output else None,
         _knots=done.knots,
         quadratures=outputs[..., d:].contiguous() if n_quadratures else None,

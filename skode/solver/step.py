@@ -130,11 +130,15 @@ def _back(tableau: Tableau, tensor: Any) -> Back:
 
 
 class Attempt(NamedTuple):
-    """What a step gave: the new state, and error estimates (a second one of some methods), still to be times h."""
+    """What a step gave: the new state, and error estimates (a second one of some methods), still to be times h.
+
+    ``failed`` rows have no solution of this step, and hold what they had.
+    """
 
     y1: Tensor
     error: Tensor | None
     error2: Tensor | None
+    failed: Tensor | None = None
 
 
 class Place(NamedTuple):
@@ -183,11 +187,12 @@ class Stepper:
             if times is None:
                 times = stage_times(self.scheme, self.kernel.layout, span.t_next, span.t_next - span.t)
             block.set_times(first + 1, times)
+        self.kernel.begin_step(block, first, span.h)
         if isinstance(span.h, float):
             self._stages_shared(block, first, span.h, keep)
         else:
             self._stages_by_row(block, first, span.h, keep)
-        return Attempt(block.y[first + self.scheme.end], *self._errors(block, first))
+        return Attempt(block.y[first + self.scheme.end], *self._errors(block, first), self.kernel.failed)
 
     def _stages_shared(self, block: Block, first: int, h: float, keep: bool) -> None:
         """One step length for all rows goes into the weights."""

@@ -117,6 +117,11 @@ class Tableau:
         return self.e is not None
 
     @property
+    def estimates(self) -> tuple[Row, ...]:
+        """The weights of the error's estimates: none, one or two."""
+        return tuple(e for e in (self.e, self.e2) if e is not None)
+
+    @property
     def implicit(self) -> bool:
         """Whether stages have to be solved for."""
         return self.gamma != 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from skode.solver.dopri8 import DOPRI8
 from skode.solver.tableau import Tableau
 
-__all__ = ["IMPLICIT_METHODS", "METHODS", "PENDING_METHODS", "Tableau", "get_tableau"]
+__all__ = ["METHODS", "Tableau", "get_tableau"]
 
 EULER = Tableau("euler", 1, (), (1.0,))
 
@@ -203,14 +203,11 @@ METHODS: dict[str, Tableau] = {
         BOSH3,
         TSIT5,
         DOPRI5,
+        DOPRI8,
+        KVAERNO3,
+        KENCARP4,
     )
 }
-
-# Steps solve for their stages.
-IMPLICIT_METHODS: dict[str, Tableau] = {tableau.name: tableau for tableau in (KVAERNO3, KENCARP4)}
-
-# A second error estimate, and stages that only dense output needs.
-PENDING_METHODS: dict[str, Tableau] = {tableau.name: tableau for tableau in (DOPRI8,)}
 
 
 def get_tableau(method: str) -> Tableau:

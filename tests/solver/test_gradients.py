@@ -19,6 +19,8 @@ from tests.problems import Field, Plain, column, mlp_field, random_states, rows
 
 ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive]
 FIXED = [name for name, tableau in METHODS.items() if not tableau.adaptive]
+IMPLICIT = [name for name, tableau in METHODS.items() if tableau.implicit]
+EXPLICIT = [name for name in METHODS if name not in IMPLICIT]
 CONTROLS = ["row", "batch"]
 GRADIENTS = ["discrete", "adjoint"]
 NAN = math.nan
@@ -69,6 +71,17 @@ def accepted_ends(solution: Solution) -> list[list[float]]:
     return [[end for end in row if end == end][1:-1] for row in solution.steps.t.tolist()]
 
 
+def solved_slope(field: Field, t: Tensor, base: Tensor, weight: Tensor) -> Tensor:
+    """F = f(t, base + weight F): solved without a graph, then one step of Newton's method that has the right one."""
+    with torch.no_grad():
+        J = torch.autograd.functional.jacobian(lambda y: field(t, y), base)[0, :, 0]
+        eye, F = torch.eye(len(J), dtype=base.dtype), field(t, base)
+        for _ in range(20):
+            J = torch.autograd.functional.jacobian(lambda y: field(t, y), base + weight * F)[0, :, 0]
+            F = F + torch.linalg.solve(eye - weight * J, (field(t, base + weight * F) - F)[0])
+    return F + torch.linalg.solve((eye - weight * J).detach(), (field(t, base + weight * F) - F)[0])
+
+
 def replay_row(field: Field, tableau: Tableau, y: Tensor, t: Tensor, ends: list[float]) -> Tensor:
     """States (m, d) at times t of a row that starts as y (1, d); t[0] and t[-1] move the first and the last step."""
     tableau = tableau.closed
@@ -78,7 +91,8 @@ def replay_row(field: Field, tableau: Tableau, y: Tensor, t: Tensor, ends: list[
         h, K = end - start, []
         for c, a in zip(tableau.c, ((), *tableau.a), strict=True):
             Y = y + h * sum((weight * k for weight, k in zip(a, K, strict=True)), torch.zeros_like(y))
-            K.append(field((start + c * h).view(1, 1), Y))
+            time = (start + c * h).view(1, 1)
+            K.append(solved_slope(field, time, Y, h * tableau.gamma) if tableau.gamma and K else field(time, Y))
         pieces.append((y, K))
         y = y + h * sum(weight * k for weight, k in zip(tableau.b, K, strict=True))
     outputs, sign = [pieces[0][0]], 1.0 if t[-1] >= t[0] else -1.0
@@ -104,22 +118,26 @@ def replay(field: Field, method: str, y0: Tensor, t: Tensor, solution: Solution)
     return torch.stack(states)
 
 
-def assert_replayed(field: nn.Module, y0: Tensor, t: Tensor, method: str, **options: Any) -> Solution:
+def assert_replayed(
+    field: nn.Module, y0: Tensor, t: Tensor, method: str, close: float = 1e-11, **options: Any
+) -> Solution:
     """The solve and its gradients to states, times and parameters are those of the replay."""
     inputs = [y0.clone().requires_grad_(), t.clone().requires_grad_(), *field.parameters()]
     traced = solve(field, inputs[0], inputs[1], method=method, dense_output=True, **options)
     assert traced.success
     again = replay(field, method, inputs[0], inputs[1], traced)
-    torch.testing.assert_close(traced.y, again, rtol=1e-11, atol=1e-12, equal_nan=True)
+    torch.testing.assert_close(traced.y, again, rtol=close, atol=0.1 * close, equal_nan=True)
     expected = gradients_of(loss_of(again), inputs)
-    assert_all_close(gradients_of(loss_of(traced.y), inputs), expected)
+    assert_all_close(gradients_of(loss_of(traced.y), inputs), expected, 100 * close)
     plain = solve(field, inputs[0], inputs[1], method=method, **options)
-    assert_all_close(gradients_of(loss_of(plain.y), inputs), expected)
+    assert_all_close(gradients_of(loss_of(plain.y), inputs), expected, 100 * close)
     return traced
 
 
 def coarse(method: str) -> dict[str, float]:
-    """Options with which a solve takes a handful of steps."""
+    """Options with which a solve takes a handful of steps; an implicit method solves for its stages all the same."""
+    if method in IMPLICIT:
+        return {"rtol": 1e-10, "atol": 1e-10, "first_step": 0.25, "min_step": 0.25}
     return {"rtol": 1e-3, "atol": 1e-4} if METHODS[method].adaptive else {"step_size": 0.3}
 
 
@@ -147,6 +165,9 @@ def test_discrete_gradients_reach_times_of_each_row(method: str) -> None:
 @with_both_controls
 def test_rejected_steps_leave_no_trace_in_the_gradient(method: str, control: str) -> None:
     options = {"rtol": 3e-3, "atol": 1e-3, "first_step": 0.9} if METHODS[method].adaptive else {"step_size": 0.1}
+    if method in IMPLICIT:
+        # As close as its stages are solved.
+        options |= {"rtol": 1e-5, "atol": 1e-5, "close": 1e-6}
     solution = assert_replayed(
         Wiggle(), random_states(3, 3), times(0.0, 0.2, 0.5), method, step_control=control, **options
     )
@@ -157,7 +178,8 @@ def test_rejected_steps_leave_no_trace_in_the_gradient(method: str, control: str
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_rejected_steps_of_one_row_leave_no_trace_in_another(method: str) -> None:
     y0, t = random_states(4, 2), rows((0.0, 0.005, 0.01), (0.0, 0.4, 0.6))
-    solution = assert_replayed(Wiggle(), y0, t, method, rtol=1e-3, atol=1e-4, first_step=0.6)
+    options = {"rtol": 1e-5, "atol": 1e-5, "close": 1e-6} if method in IMPLICIT else {"rtol": 1e-3, "atol": 1e-4}
+    solution = assert_replayed(Wiggle(), y0, t, method, first_step=0.6, **options)
     assert len(set(solution.n_rejected.tolist())) > 1
 
 
@@ -236,7 +258,9 @@ def test_the_adjoint_never_visits_states_that_padding_stands_for() -> None:
 
 
 def held_steps(method: str) -> dict[str, float]:
-    """Two steps, of 0.4 and what is left of 1, whatever the states and parameters are."""
+    """Two steps, of 0.4 (or 0.5) and what is left of 1, whatever the states and parameters are."""
+    if method in IMPLICIT:
+        return {"first_step": 0.5, "min_step": 0.5, "rtol": 0.0, "atol": 1e-12}
     return {"first_step": 0.4, "rtol": 0.0, "atol": 1e3} if METHODS[method].adaptive else {"step_size": 0.4}
 
 
@@ -257,6 +281,8 @@ def test_discrete_gradients_to_states_and_parameters_pass_gradcheck(method: str,
 def test_gradients_to_the_times_of_a_single_step_pass_gradcheck(method: str, control: str) -> None:
     field, y0 = mlp_field(), random_states(8, 2)
     options = {"first_step": 5.0, "rtol": 0.0, "atol": 1e3} if METHODS[method].adaptive else {"step_size": 5.0}
+    if method in IMPLICIT:
+        options |= {"min_step": 5.0, "atol": 1e-12}
 
     def states(t: Tensor) -> Tensor:
         return solve(field, y0, t, method=method, step_control=control, **options).y
@@ -281,7 +307,7 @@ def test_error_estimate_passes_gradcheck(method: str, control: str, t: list[floa
 
     scale = 1.0
     scale = 1 / float(estimate(y0).detach().mean())
-    assert torch.autograd.gradcheck(estimate, (y0, *field.parameters()), atol=1e-4, rtol=1e-3)
+    assert torch.autograd.gradcheck(estimate, (y0, *field.parameters()), eps=1e-3, atol=1e-4, rtol=1e-3)
 
 
 @with_both_controls
@@ -580,7 +606,7 @@ class Counted(MLPField):
         return super().linearize(t, y)
 
 
-@on_all_methods
+@pytest.mark.parametrize("method", EXPLICIT)
 def test_a_small_memory_budget_ends_the_keeping_of_tapes(method: str) -> None:
     field = Counted(2, (4,), generator=torch.Generator().manual_seed(0)).double()
     y0, options = random_states(16, 3), coarse(method) | {"first_step": 0.1}
