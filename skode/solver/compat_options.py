@@ -21,7 +21,6 @@ _ABSENT = {
     **dict.fromkeys(("explicit_adams", "implicit_adams", "fixed_adams", "adams"), "a multistep method"),
     **dict.fromkeys(("implicit_euler", "implicit_midpoint", "trapezoid", "sdirk2", "trbdf2"), "implicit, fixed-step"),
     **dict.fromkeys(("radauIIA3", "radauIIA5", "gl4", "gl6"), "implicit, fixed-step"),
-    "dopri8": "of eighth order",
     "scipy_solver": "SciPy's, without gradients",
 }
 _CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")

@@ -267,7 +267,7 @@ class Sweep:
 
 
 class _Asked(NamedTuple):
-    """Cotangents from outside of the step: of its error's estimates, of its stages' values (over h), and of its start."""
+    """Cotangents from outside of the step: of its error's estimates, its stages' values (over h), and its start."""
 
     error: Tensor | None
     stages: list[Tensor] | None

@@ -169,9 +169,7 @@ class ImplicitKernel(TapeKernel):
                 previous = torch.where(slow, torch.nan, previous)
         return Z
 
-    def _give_up(
-        self, open_: Tensor, renewed: Tensor, rate: Tensor, k: int, change: Tensor, units: _Units
-    ) -> Tensor:
+    def _give_up(self, open_: Tensor, renewed: Tensor, rate: Tensor, k: int, change: Tensor, units: _Units) -> Tensor:
         """Rows go on that may still get there; of the others those fail that round-off does not excuse."""
         hopeless = open_ & ((renewed & (rate >= 1)) | ~torch.isfinite(change).all(dim=1, keepdim=True))
         if k == MAX_ITERATIONS - 1:

@@ -15,6 +15,8 @@ from skode.solver.control import Tolerance
 from skode.solver.interpolate import weights as interpolation
 from skode.solver.plan import Plan
 from skode.solver.problem import Problem
+from skode.solver.record import combined_squares
+from skode.solver.tableau import Row
 from skode.solver.unrolled import Jump, Unrolled, Weights
 
 
@@ -140,15 +142,19 @@ def _inside(problem: Problem, fixed: Course, unrolled: Unrolled, T: Tensor, time
 
 def _errors(problem: Problem, unrolled: Unrolled) -> Tensor:
     """The squares of the local errors in units of the tolerance, the units held fixed."""
-    error, e = unrolled.y.new_zeros(len(unrolled.y)), unrolled.weights.e
-    if not problem.keep_errors or e is None:
+    error, estimates = unrolled.y.new_zeros(len(unrolled.y)), unrolled.weights.estimates
+    if not problem.keep_errors or not estimates:
         return error
     ends = [*(step.y for step in unrolled.steps[1:]), unrolled.y]
     for step, y1 in zip(unrolled.steps, ends, strict=True):
         unit = _unit(problem.tolerance, step.y, y1)
-        estimate = torch.stack([f * weight for weight, f in zip(e, step.F, strict=False) if weight]).sum(dim=0)
-        error = error + (estimate * step.h.to(estimate.dtype) / unit).square().mean(dim=1)
+        squares = [(_combination(e, step.F) * step.h.to(unit.dtype) / unit).square().mean(dim=1) for e in estimates]
+        error = error + (squares[0] if len(squares) == 1 else combined_squares(*squares)[0])
     return error
+
+
+def _combination(weights: Row, F: list[Tensor]) -> Tensor:
+    return torch.stack([f * weight for weight, f in zip(weights, F, strict=False) if weight]).sum(dim=0)
 
 
 def _unit(tolerance: Tolerance, y: Tensor, y1: Tensor) -> Any:

@@ -21,10 +21,10 @@ class Step(NamedTuple):
 
     ``h`` is what counted (0 for rows that stay), ``accept`` the rows that went on (None: all that wanted to). ``own``
     tells whether the first stage was evaluated for this step, not handed on, and ``start_time`` when, if that is not
-    simply the span's start; ``f`` is what was handed on, where an evaluation would not give it again. Stages lie in ``block`` from ``slot`` on
-    (None: they are computed again from a state before). ``F`` are the field's values for dense output, ``y`` the
-    state at the start where it is kept apart, ``error`` the derivative of the squared error with
-    the error's estimates.
+    simply the span's start; ``f`` is what was handed on, where an evaluation would not give it again. Stages lie in
+    ``block`` from ``slot`` on (None: they are computed again from a state before). ``F`` are the field's values for
+    dense output, ``y`` the state at the start where it is kept apart, ``error`` the derivative of the squared error
+    with the error's estimates.
     """
 
     span: Span
@@ -230,7 +230,7 @@ class Record:
         layout, dim = stepper.kernel.layout, stepper.kernel.layout.dim
         ratios = [ratio * verdict.h for ratio in (verdict.ratio, verdict.ratio2) if ratio is not None]
         squares = [ratio.square().mean(dim=dim, keepdim=True) for ratio in ratios]
-        square, slopes = (squares[0], [1.0]) if len(squares) == 1 else _combined(*squares)
+        square, slopes = (squares[0], [1.0]) if len(squares) == 1 else combined_squares(*squares)
         own = layout.leave(square).reshape(-1)
         self.error = own if self.error is None else self.error + own
         return torch.stack(
@@ -241,7 +241,7 @@ class Record:
         )
 
 
-def _combined(first: Tensor, second: Tensor) -> tuple[Tensor, list[Any]]:
+def combined_squares(first: Tensor, second: Tensor) -> tuple[Tensor, list[Any]]:
     """What two estimates' squares give together (see ``control.combined``), and its derivatives with both."""
     total = torch.where(first == 0, 1.0, first + 0.01 * second)
     share = first / total

@@ -38,12 +38,12 @@ class _Retaken:
     def begin(self, kernel: Kernel, y: Tensor, f: Tensor) -> None:
         """Nothing has to be chosen."""
 
-    def _errors(self, place: Place, attempt: Attempt) -> tuple[Tensor | None, Tensor | None]:
-        """Each component's error in units of the tolerance, and that unit."""
+    def _errors(self, place: Place, attempt: Attempt) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Each component's error in units of the tolerance, that unit, and the second estimate's error."""
         if attempt.error is None or not self._keep_errors:
-            return None, None
+            return None, None, None
         unit = self.tolerance.unit(place.y, attempt.y1)
-        return attempt.error / unit, unit
+        return attempt.error / unit, unit, None if attempt.error2 is None else attempt.error2 / unit
 
     def _stats(self, status: Tensor, n_steps: Tensor, n_evals: Tensor, t: Tensor, h: Tensor) -> Stats:
         success = not bool(failed_rows(status).any())
@@ -102,11 +102,14 @@ class RetakenRows(_Retaken):
         if attempt.error is not None:
             finite &= torch.isfinite(attempt.error).all(dim=dim, keepdim=True)
         moves = span.t_next != span.t
-        n_moves, n_bad = torch.stack([moves, moves & ~finite]).flatten(1).sum(dim=1).tolist()
+        good = finite if attempt.failed is None else finite & ~attempt.failed
+        n_moves, n_bad = torch.stack([moves, moves & ~good]).flatten(1).sum(dim=1).tolist()
         if n_bad:
-            self._stop(moves & ~finite, Status.NON_FINITE)
-        ratio, unit = self._errors(place, attempt)
-        accept = None if self._died is None else moves & finite & ~self._died
+            self._stop(moves & ~good, Status.NON_FINITE)
+            if attempt.failed is not None:
+                self._own_status.masked_fill_(moves & attempt.failed, Status.NO_CONVERGENCE)
+        ratio, unit, ratio2 = self._errors(place, attempt)
+        accept = None if self._died is None else moves & good & ~self._died
         moved = moves if accept is None else accept
         self.t = span.t_next if accept is None else torch.where(accept, span.t_next, span.t)
         self._h = torch.where(moved, (span.t_next - span.t).abs(), self._h)
@@ -114,9 +117,10 @@ class RetakenRows(_Retaken):
         self._index += 1
         self.running = self._index + 1 < len(self._times) and (self._died is None or not bool(self._died.all()))
         if accept is None:
-            return Verdict(span.h, None, True, True, self._ask_again(moved), ratio, unit)
-        ratio = None if ratio is None else torch.where(accept, ratio, 0.0)
-        return Verdict(span.h * accept, accept, n_moves > n_bad, False, self._ask_again(moved), ratio, unit)
+            return Verdict(span.h, None, True, True, self._ask_again(moved), ratio, unit, ratio2)
+        ratio, ratio2 = (None if x is None else torch.where(accept, x, 0.0) for x in (ratio, ratio2))
+        asked_again = self._ask_again(moved)
+        return Verdict(span.h * accept, accept, n_moves > n_bad, False, asked_again, ratio, unit, ratio2)
 
     def _ask_again(self, moved: Tensor) -> bool:
         """Whether the field jumps where some row has arrived."""
@@ -189,6 +193,9 @@ class RetakenShared(_Retaken):
         return torch.clamp(times, low, high)
 
     def judge(self, place: Place, span: Span, attempt: Attempt) -> Verdict:
+        if attempt.failed is not None and bool(attempt.failed.any()):
+            self._status, self.running = Status.NO_CONVERGENCE, False
+            return Verdict(0.0, None, False, False)
         self._index += 1
         fsal, jumped = self.scheme.tableau.fsal, self._jumps[self._index]
         self.running = self._index + 1 < len(self._times)

@@ -46,8 +46,10 @@ def run(problem: Problem, record: Record, y0: Tensor, times: Tensor) -> Run:
         dense = DenseOutput(record.steps, y_end.clone(), knots, problem.scheme, layout).settle()
     y = _outputs(y0, times, y_end, stats, dense)
     error = y0.new_zeros(len(y0)) if record.error is None else record.error.clone()
-    advice = {} if stats.success else stiffness.advice(
-        problem.dynamics, problem.scheme.tableau, problem.tolerance, y_end, stats, t0, t1
+    advice = (
+        {}
+        if stats.success
+        else stiffness.advice(problem.dynamics, problem.scheme.tableau, problem.tolerance, y_end, stats, t0, t1)
     )
     return Run(times, y, error, stats, stepper, record, knots, dense, advice, found)
 

@@ -27,7 +27,7 @@ class Weights:
 
     a: tuple[Row, ...]
     b: Row
-    e: Row | None
+    estimates: tuple[Row, ...]
     late: Row
     p: tuple[Row, ...]
     end_stage: int | None
@@ -48,7 +48,7 @@ class Weights:
             )
         late = tuple(1 - c for c in tableau.c)
         p = tuple(tuple(row) for row in tableau.dense.tolist())
-        return Weights(tableau.a, tableau.b, tableau.e, late, p, tableau.end_stage)
+        return Weights(tableau.a, tableau.b, tableau.estimates, late, p, tableau.end_stage)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import skode.solver.compat
 from skode.solver import odeint, odeint_adjoint
 from tests.solver.compat_cases import F64, Net, halves, random, seasonal, seasonal_solution, times
 
-ADAPTIVE = ["dopri5", "bosh3", "fehlberg2", "adaptive_heun"]
+ADAPTIVE = ["dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]
 FIXED = ["euler", "midpoint", "heun2", "heun3", "rk4"]
 
 

@@ -457,3 +457,19 @@ def test_a_compiler_that_must_not_break_refuses_an_adaptive_solve() -> None:
     compiled = torch.compile(lambda y: solve(field, y, [0.0, 1.0]).y, backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="chooses its steps while it runs"):
         compiled(random_states(19, 2))
+
+
+@with_both_controls
+@pytest.mark.parametrize("method", ["tsit5", "dopri8"])
+def test_errors_have_the_same_derivatives_in_plain_torch(method: str, control: str) -> None:
+    field, y0 = mlp_field(), random_states(9, 3).requires_grad_()
+    inputs = [y0, *field.parameters()]
+
+    def gradients(create_graph: bool) -> list[Tensor]:
+        solution = solve(field, y0, [0.0, 0.3, 1.0], method=method, step_control=control, error_estimate=True)
+        assert solution.error_estimate is not None
+        return list(torch.autograd.grad(solution.error_estimate.sum(), inputs, create_graph=create_graph))
+
+    for own, plain in zip(gradients(False), gradients(True), strict=True):
+        assert float(own.abs().max()) > 0 and plain.requires_grad
+        torch.testing.assert_close(plain, own, rtol=1e-9, atol=1e-9 * float(own.abs().max()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -101,7 +102,7 @@ def test_errors_fall_with_the_order_however_stiff_the_problem_is(method: str, ra
         solution = solve(drawn_in(rate), column(1.0), [0.0, 2.0], method=method, rtol=1e-13, atol=1e-13, **options)
         assert solution.success and int(solution.n_steps) == round(2 / h)
         errors.append(abs(float(solution.y1) - math.cos(2.0)))
-    observed = [math.log2(a / b) for a, b in zip(errors[:-1], errors[1:], strict=True)]
+    observed = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert max(observed) >= order - 0.1
     assert errors[-1] < 1e-4 / rate**0.5
 
@@ -315,8 +316,8 @@ def test_gradients_of_a_stiff_solve_are_those_of_its_steps(method: str, control:
         method,
         close=1e-6,
         step_control=control,
-        rtol=1e-6,
-        atol=1e-7,
+        rtol=1e-4,
+        atol=1e-5,
         first_step=0.5,
     )
     assert int(solution.n_rejected.max()) > 0
@@ -422,7 +423,11 @@ def test_gradients_flow_past_a_row_that_failed(method: str) -> None:
     (found,) = gradients_of(loss_of(solution.y), [start])
     whole = y0.clone().requires_grad_()
     (expected,) = gradients_of(
-        loss_of(torch.where(bad.unsqueeze(2), torch.nan, solve(coupled(rate), whole, [0.0, 1.0], method=method, rtol=1e-5).y)),
+        loss_of(
+            torch.where(
+                bad.unsqueeze(2), torch.nan, solve(coupled(rate), whole, [0.0, 1.0], method=method, rtol=1e-5).y
+            )
+        ),
         [whole],
     )
     torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], rtol=1e-10, atol=1e-12)
@@ -518,3 +523,33 @@ def test_a_step_beyond_the_limit_grows_and_one_below_it_decays(method: str) -> N
         y = solve(decay, column(1.0), [0.0, 40 * h], method=method, **options).y1
         sizes.append(abs(float(y)))
     assert sizes[0] < 1 < sizes[1]
+
+
+# --- given steps ---
+
+
+@on_implicit_methods
+@with_both_controls
+def test_the_same_steps_again_give_the_same_bits(method: str, control: str) -> None:
+    field, t = VanDerPol(30.0), [0.0, 0.1, 0.8]
+    y0 = rows((2.0, -0.6), (1.7, 0.3)).requires_grad_()
+    options: dict[str, Any] = {"method": method, "step_control": control, "first_step": 0.5}
+    first = solve(field, y0, t, **options)
+    again = solve(field, y0, t, steps=first.steps, **{**options, "first_step": None})
+    assert int(first.n_rejected.max()) > 0 and int(again.n_rejected.max()) == 0
+    assert torch.equal(first.y, again.y)
+    inputs = [y0, field.mu]
+    for one, other in zip(gradients_of(loss_of(first.y), inputs), gradients_of(loss_of(again.y), inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+
+
+@on_implicit_methods
+@with_both_controls
+def test_a_given_step_without_a_solution_is_told(method: str, control: str) -> None:
+    def field(t: Tensor, y: Tensor) -> Tensor:
+        return -30 * torch.tanh(30 * (y - torch.cos(t)))
+
+    solution = solve(field, column(0.3), [0.0, 2.0], method=method, steps=times(0.0, 2.0), step_control=control)
+    assert solution.status.tolist() == [Status.NO_CONVERGENCE]
+    assert float(solution.t_reached) == 0
+    assert torch.isnan(solution.y1).all()
