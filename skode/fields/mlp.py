@@ -192,11 +192,11 @@ class MLPField(OffersVjp, nn.Module):
         if not own or self._forward_hooks or self._forward_pre_hooks:
             return None
         self._taken(y0)
-        last: Tensor = self.layers[-1].bias  # type: ignore[assignment]
-        if last.shape[-1] != self.n_dims:
-            raise FieldError(f"the network gives {last.shape[-1]} derivatives for states of {self.n_dims} components.")
         layout = ColumnLayout(len(y0), self.n_dims, self.n_members, padded)
         weights = [torch.cat([layer.weight, layer.bias.unsqueeze(-1)], dim=-1).detach() for layer in self.layers]  # type: ignore[list-item, operator]
+        n_outputs = weights[-1].shape[-2]
+        if n_outputs != self.n_dims:
+            raise FieldError(f"the network gives {n_outputs} derivatives for states of {self.n_dims} components.")
         return MLPKernel(weights, self._activation, self.time_dependent, layout, shared_times)
 
     # --- layers ---

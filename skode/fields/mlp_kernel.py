@@ -157,16 +157,6 @@ class MLPKernel(Kernel):
             activate(before, out=after)
         product(self.weights[-1], last, out=value)
 
-    def field(self, t: Tensor, y: Tensor) -> Tensor:
-        like = y.new_ones(self.layout.row)
-        extra = [t.expand(self.layout.row), like] if self.uses_time else [like]
-        x = y
-        for i, weight in enumerate(self.weights):
-            x = self.product(weight, torch.cat([x, *extra], dim=-2))
-            if i < len(self.widths):
-                x = self.activation.forward(x)
-        return x
-
     def way_back(self, n_stages: int) -> MLPWayBack:
         state, lead, n = self.layout.state, self.layout.lead, self.layout.n_columns
         hidden = [(*lead, width, n) for width in self.widths]

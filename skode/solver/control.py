@@ -13,9 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from skode.solver.kernels import Kernel
 from skode.solver.solution import Stats, Status
-from skode.solver.step import Attempt, Place, Span
+from skode.solver.step import Attempt, Place, Span, Stepper
 
 SAFETY, SMALLEST, LARGEST = 0.9, 0.2, 10.0
 
@@ -95,8 +94,8 @@ class Control(Protocol):
         """The time that the field sees where the next step begins, in the state's dtype."""
         ...
 
-    def begin(self, kernel: Kernel, y: Tensor, f: Tensor) -> None:
-        """Choose the first step that is to be tried, given the field ``f`` at the start."""
+    def begin(self, stepper: Stepper, place: Place) -> None:
+        """Choose the first step that is to be tried; the field at the start is known."""
         ...
 
     def propose(self) -> Span:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -222,12 +223,17 @@ def as_dynamics(
 
 def _knows_derivatives(field: Any) -> bool:
     """Whether it is :class:`Dynamics`, and what calling it does is what these are about."""
-    if not isinstance(field, Dynamics):
-        return False
     if not isinstance(field, nn.Module):
-        return True
-    forward, linearize = (_first_with(name, type(field)) for name in ("forward", "linearize"))
-    return forward >= linearize and not field._forward_hooks and not field._forward_pre_hooks
+        return isinstance(field, Dynamics)
+    return not field._forward_hooks and not field._forward_pre_hooks and _is_about_its_forward(type(field))  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=256)
+def _is_about_its_forward(kind: type[nn.Module]) -> bool:
+    """Whether a class of modules has all of :class:`Dynamics`, none of it older than ``forward``."""
+    if not issubclass(kind, Dynamics):
+        return False
+    return _first_with("forward", kind) >= _first_with("linearize", kind)
 
 
 def _first_with(name: str, kind: type) -> int:

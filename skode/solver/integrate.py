@@ -40,8 +40,8 @@ def integrate(
     """
     place = record.open(stepper, y)
     _evaluate(stepper, place, control, record.keeps_stages)
-    control.begin(stepper.kernel, place.y, place.f)
     place, own = place._replace(known=True), True
+    control.begin(stepper, place)
     while control.running:
         span = control.propose()
         if not place.known:

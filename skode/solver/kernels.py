@@ -52,10 +52,6 @@ class Kernel(ABC):
         """Set ``block.f[slot]`` to the field's value at the slot's time and state."""
 
     @abstractmethod
-    def field(self, t: Tensor, y: Tensor) -> Tensor:
-        """The field outside of the slots, at times and states in the layout's shapes."""
-
-    @abstractmethod
     def way_back(self, n_stages: int) -> WayBack:
         """What pulls cotangents back through kept evaluations."""
 
@@ -203,9 +199,6 @@ class TapeKernel(Kernel):
                 f"the field returned {tuple(f.shape)} in {f.dtype} for a state {tuple(out.shape)} in {out.dtype}."
             )
         out.copy_(f)
-
-    def field(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.dynamics(t.expand(self.layout.row), y)
 
     def way_back(self, n_stages: int) -> TapeWayBack:
         return TapeWayBack(self, n_stages, self._like)

@@ -117,6 +117,8 @@ def controlled(tolerance: Tolerance, batch: BatchControl | None, n: int) -> Tole
     The others, of infinite tolerance, have no error in its units, but count in the mean: the rest makes up for it.
     """
     rtol, atol = tolerance.rtol, tolerance.atol
+    if isinstance(rtol, float) and not atol.dim():
+        return tolerance  # numbers are finite
     free = torch.isinf(atol) | torch.isinf(torch.as_tensor(rtol, device=atol.device))
     if not bool(free.any()):
         return tolerance

@@ -11,7 +11,6 @@ from torch import Tensor
 from skode.solver.arena import Lease
 from skode.solver.control import Verdict
 from skode.solver.integrate import integrate
-from skode.solver.kernels import Kernel
 from skode.solver.record import Record, Step
 from skode.solver.step import Attempt, Place, Span, Stepper
 
@@ -40,10 +39,10 @@ class Replay:
     def start_time(self) -> Tensor:
         return self._start_time
 
-    def begin(self, kernel: Kernel, y: Tensor, f: Tensor) -> None:
+    def begin(self, stepper: Stepper, place: Place) -> None:
         """Nothing has to be chosen."""
         if self._f is not None:
-            f.copy_(self._f)
+            place.f.copy_(self._f)
 
     def propose(self) -> Span:
         step = self._steps[self._index]

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from skode.solver.control import Tolerance, Verdict
-from skode.solver.kernels import Kernel
 from skode.solver.layout import Layout
 from skode.solver.plan import Plan
 from skode.solver.solution import Stats, Status, failed_rows
-from skode.solver.step import Attempt, Place, Scheme, Span, stage_times, time_dtype_of
+from skode.solver.step import Attempt, Place, Scheme, Span, Stepper, stage_times, time_dtype_of
 
 
 class _Retaken:
@@ -35,7 +34,7 @@ class _Retaken:
         self._keep_errors, self._index = keep_errors, 0
         self.running = plan.t.shape[1] > 1
 
-    def begin(self, kernel: Kernel, y: Tensor, f: Tensor) -> None:
+    def begin(self, stepper: Stepper, place: Place) -> None:
         """Nothing has to be chosen."""
 
     def _errors(self, place: Place, attempt: Attempt) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

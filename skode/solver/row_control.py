@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from skode.solver.control import LARGEST, SAFETY, SMALLEST, Tolerance, Verdict, combined, row_norm
-from skode.solver.kernels import Kernel
 from skode.solver.layout import Layout
 from skode.solver.solution import Stats, Status, failed_rows
-from skode.solver.step import Attempt, Place, Scheme, Span, stage_times, time_dtype_of
+from skode.solver.step import Attempt, Place, Scheme, Span, Stepper, stage_times, time_dtype_of
 
 BUCKETS = 8
 """Of a factor of two: so finely errors are told apart."""
@@ -116,7 +115,8 @@ class RowControl:
             return time
         return torch.where(self._side, torch.nextafter(time, time + self.sign.to(self.dtype)), time)
 
-    def begin(self, kernel: Kernel, y: Tensor, f: Tensor) -> None:
+    def begin(self, stepper: Stepper, place: Place) -> None:
+        y, f = place.y, place.f
         self._extra_evals += 1
         dim = self.layout.dim
         finite = torch.isfinite(f).all(dim=dim, keepdim=True) & torch.isfinite(y).all(dim=dim, keepdim=True)
@@ -131,7 +131,7 @@ class RowControl:
         if given is not None:
             self.h = torch.clamp(self._length, max=given)
         elif self.running:
-            self.h = torch.minimum(self._first_step(kernel, y, f, length), (self.t1 - self.t).abs())
+            self.h = torch.minimum(self._first_step(stepper, place, length), (self.t1 - self.t).abs())
         self._bound()
 
     def _bound(self) -> None:
@@ -139,9 +139,9 @@ class RowControl:
         if low or high is not None:
             self.h = torch.clamp(self.h, low, high)
 
-    def _first_step(self, kernel: Kernel, y: Tensor, f: Tensor, length: Tensor) -> Tensor:
+    def _first_step(self, stepper: Stepper, place: Place, length: Tensor) -> Tensor:
         """Hairer, Norsett and Wanner I, section II.4, on quantised norms."""
-        tables, dim = self._tables, self.layout.dim
+        tables, dim, y, f = self._tables, self.layout.dim, place.y, place.f
         unit = self.tolerance.unit(y, y)
         d0, d1 = row_norm(y / unit, dim), row_norm(f / unit, dim)
         small = torch.minimum(d0, d1) < 1e-5
@@ -150,7 +150,7 @@ class RowControl:
         guess = torch.minimum(guess, length) * self._active
         t = torch.where(guess == length, self._target, torch.addcmul(self.t, guess, self.sign))
         h = guess * self.sign
-        probe = kernel.field(t.to(self.dtype), torch.addcmul(y, h.to(self.dtype), f))
+        probe = stepper.probe(place, t.to(self.dtype), torch.addcmul(y, h.to(self.dtype), f))
         self._extra_evals += self._active
         d2 = row_norm((probe - f).div_(unit), dim) / guess.to(self.dtype)
         steepest = torch.fmax(d1, d2)

@@ -8,12 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from skode.solver.control import LARGEST, SAFETY, SMALLEST, BatchControl, Tolerance, Verdict, at
-from skode.solver.kernels import Kernel
+from skode.solver.control import LARGEST, SAFETY, SMALLEST, BatchControl, Tolerance, Verdict
 from skode.solver.layout import Layout
 from skode.solver.solution import Stats, Status
 from skode.solver.standing import Standing
-from skode.solver.step import Attempt, Place, Scheme, Span, stage_times, time_dtype_of
+from skode.solver.step import Attempt, Place, Scheme, Span, Stepper, stage_times, time_dtype_of
 
 
 class SharedStops(NamedTuple):
@@ -77,13 +76,13 @@ class SharedControl:
             time = torch.nextafter(time, time + self.sign)
         return time.view((1,) * len(self.layout.row))
 
-    def begin(self, kernel: Kernel, y: Tensor, f: Tensor) -> None:
+    def begin(self, stepper: Stepper, place: Place) -> None:
         self._n_evals += 1
         length = abs(self.t1 - self.t)
         if not length:
             return
         given = self.tolerance.step_size or self.tolerance.first_step
-        self.h = min(length, self._first_step(kernel, y, f, length) if given is None else given)
+        self.h = min(length, self._first_step(stepper, place, length) if given is None else given)
         self._bound()
 
     def _bound(self) -> None:
@@ -100,15 +99,16 @@ class SharedControl:
         n_components = max(ratio.shape[self.layout.dim], 1)
         return abs(h) * math.sqrt(float((self._weights * ratio.square()).sum()) / n_components)
 
-    def _first_step(self, kernel: Kernel, y: Tensor, f: Tensor, length: float) -> float:
+    def _first_step(self, stepper: Stepper, place: Place, length: float) -> float:
         """Hairer, Norsett and Wanner I, section II.4."""
+        y, f = place.y, place.f
         unit = self.tolerance.unit(y, y)
         d0, d1 = self._norm(y / unit), self._norm(f / unit)
         if not math.isfinite(d0 + d1):
             return length
         guess = min(1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1, abs(self._stops[0][0] - self.t))
         t = self._stops[0][0] if guess == abs(self._stops[0][0] - self.t) else self.t + self.sign * guess
-        probe = kernel.field(at(t, self.layout.row, y), torch.add(y, f, alpha=self.sign * guess))
+        probe = stepper.probe(place, y.new_full((1,) * y.dim(), t), torch.add(y, f, alpha=self.sign * guess))
         self._n_evals += 1
         steepest = max(d1, self._norm((probe - f).div_(unit)) / guess)
         bound = max(1e-6, guess * 1e-3) if steepest <= 1e-15 else (0.01 / steepest) ** (1 / self._order)

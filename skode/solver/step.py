@@ -6,7 +6,7 @@ Symbols: stage i has the state ``Y_i = y + h sum_j a_ij F_j`` and the field's va
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -56,17 +56,17 @@ class Scheme:
     p: Tensor
     back: Back
 
-    @property
+    @cached_property
     def n_stages(self) -> int:
         """Stages of a step, those for dense output included."""
         return self.tableau.n_stages
 
-    @property
+    @cached_property
     def end(self) -> int:
         """How many slots after a step's first the next one may begin, without copying anything."""
         return self.tableau.end_stage if self.tableau.end_stage is not None else self.n_stages
 
-    @property
+    @cached_property
     def flat(self) -> bool:
         """Whether the next step's first slot is this one's last."""
         return self.end >= self.n_stages - 1
@@ -173,11 +173,17 @@ class Stepper:
         n_estimates = 1 + (scheme.e2 is not None)
         self._error = [empty(kernel.layout.state, scheme.b) for _ in range(n_estimates)] if scheme.e is not None else []
         self._sum: Tensor | None = None
+        # Slots that a step needs, the new state's included.
+        self.n_slots = max(scheme.end, scheme.n_stages - 1) + 1
 
-    @property
-    def n_slots(self) -> int:
-        """Slots that a step needs, the new state's included."""
-        return max(self.scheme.end, self.scheme.n_stages - 1) + 1
+    def probe(self, place: Place, t: Tensor, y: Tensor) -> Tensor:
+        """The field at another time and state, in the slot that comes next."""
+        block, slot = place.block, place.slot + 1
+        block.y[slot].copy_(y)
+        if block.t is not None:
+            block.set_times(slot, t.unsqueeze(0))
+        self.kernel.evaluate(block, slot, False)
+        return block.f[slot]
 
     def attempt(self, place: Place, span: Span, keep: bool) -> Attempt:
         """Take one step from a place where the field is known; ``keep`` what going back will need."""

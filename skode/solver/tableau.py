@@ -126,12 +126,12 @@ class Tableau:
         """Whether stages have to be solved for."""
         return self.gamma != 0
 
-    @property
+    @cached_property
     def n_stages(self) -> int:
         """Number of stages, the first-same-as-last one included."""
         return len(self.b)
 
-    @property
+    @cached_property
     def n_main(self) -> int:
         """Number of stages that a step needs; those from here to ``n_stages`` are only for dense output."""
         return self.n_stages if self.end_stage is None else self.end_stage + 1
