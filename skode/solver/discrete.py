@@ -52,6 +52,8 @@ class DiscreteGradient:
                 for step in reversed(stretch):
                     position -= 1
                     sweep.through(step, groups[position])
+                # Its memory is free before the next one's stages are computed.
+                del stretch, step
             y0, times_gradient, parameters = sweep.finish()
         # What was made in inference mode must not leave.
         return Gradients(

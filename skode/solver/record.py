@@ -67,6 +67,7 @@ class Record:
     error: Tensor | None = None
     stride: int = 0
     spans: list[tuple[Any, Any, Tensor | None]] = field(default_factory=list)
+    n_expected: int | None = None  # how many steps there will be, if that is known
 
     def __post_init__(self) -> None:
         self.leases: list[Lease[Any]] = []
@@ -138,10 +139,11 @@ class Record:
 
     def _room(self, stepper: Stepper, place: Place | None = None) -> tuple[Block, int]:
         """A block's beginning. What is not kept is computed in two scratch blocks by turns."""
-        if self.keeps_stages:
+        if self.keeps_stages and len(self.steps) != self.n_expected:
             n_slots = stepper.n_slots
             nbytes = self._block_bytes(stepper, n_slots)
-            n_steps = max(1, min(8, BLOCK_BYTES // max(nbytes, 1)))
+            ahead = 8 if self.n_expected is None else min(8, self.n_expected - len(self.steps))
+            n_steps = max(1, min(ahead, min(BLOCK_BYTES, self.budget - self._used) // max(nbytes, 1)))
             lease = stepper.kernel.block(n_steps * (n_slots - 1) + 1, True)
             self.leases.append(lease)
             self._used += lease.memory.nbytes
@@ -194,8 +196,11 @@ class Record:
         if self.keep_values:
             return
         state_bytes = sum(x.nbytes for x in (self.steps[0].y, self.steps[0].f) if x is not None)
-        longest = max(1, self.budget // 2 // max(1, stepper.kernel.slot_bytes * (stepper.n_slots - 1)))
-        while self._n_kept_states * state_bytes > self.budget // 2 and 2 * self.stride <= longest:
+        step_bytes = stepper.kernel.slot_bytes * (stepper.n_slots - 1)
+        # A budget too small for both halves: as little as both together can be.
+        while (kept := self._n_kept_states * state_bytes) > self.budget // 2 and (
+            2 * self.stride * step_bytes <= max(self.budget // 2, kept)
+        ):
             self.stride *= 2
             self.steps = [
                 step if i % self.stride == 0 else step._replace(y=None, f=None) for i, step in enumerate(self.steps)

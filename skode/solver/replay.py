@@ -91,7 +91,7 @@ def replayed(stepper: Stepper, steps: Sequence[Step], dead: Tensor | None) -> tu
     y, f, start = first.y, first.f, first_time(stepper, first)
     if dead is not None:
         y, f, start, steps = _with_stand_ins(stepper, steps, y, f, start, dead)
-    record = Record(keep=True, budget=2**62)
+    record = Record(keep=True, budget=2**62, n_expected=len(steps))
     integrate(stepper, y, Replay(stepper, steps, start, f), record)
     again = [
         step._replace(block=own.block, slot=own.slot, h=own.h, accept=None, span=own.span)

@@ -121,7 +121,7 @@ class SharedControl:
             t_next = target
         else:
             # The last two steps share what is left, so that none of them is a sliver.
-            shared = self._adapts and 2 * self.h > abs(remaining)
+            shared = self._adapts and 2 * self.h > abs(remaining) >= 2 * self.tolerance.min_step
             t_next = self.t + (remaining / 2 if shared else self.sign * self.h)
         h = t_next - self.t
         times = None
@@ -169,11 +169,13 @@ class SharedControl:
         else:
             self._reason = Status.NON_FINITE
         self._error_now = error
-        accepted = error <= 1 or (abs(span.h) <= self.tolerance.min_step * (1 + 1e-9) and math.isfinite(error))
+        # Between two times a step of min_step comes out longer or shorter by round-off.
+        shortest = min(self.h, abs(span.h)) <= self.tolerance.min_step
+        accepted = error <= 1 or (shortest and math.isfinite(error))
         if self._adapts:
             self._next_step(abs(span.h), error, accepted)
         if not accepted:
-            self._reject(error)
+            self._reject(error, shortest)
             return Verdict(0.0, None, False, math.isfinite(error))
         self._n_steps += 1
         self._evals_a_step = self.scheme.n_stages - int(self.scheme.tableau.fsal)
@@ -183,13 +185,13 @@ class SharedControl:
             self._stop(Status.MAX_STEPS)
         return Verdict(h_of_rows, None, True, True, jumped, ratio, unit, second)
 
-    def _reject(self, error: float) -> None:
+    def _reject(self, error: float, shortest: bool) -> None:
         self._n_rejected += 1
         self._evals_a_step = self.scheme.n_stages - 1  # the first stage is known
         if self._n_steps + self._n_rejected >= self.tolerance.max_num_steps:
             self._stop(Status.MAX_STEPS)
         if self.h <= 4 * torch.finfo(torch.float64).eps * max(abs(self.t), abs(self.t1)) or (
-            not math.isfinite(error) and self.h <= self.tolerance.min_step
+            not math.isfinite(error) and shortest
         ):
             self._stop(Status.STEP_UNDERFLOW if math.isfinite(error) else self._reason)
 

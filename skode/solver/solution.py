@@ -41,11 +41,12 @@ class Status(IntEnum):
 
 _MESSAGES = {
     Status.SUCCESS: "the end was reached",
-    Status.MAX_STEPS: "max_num_steps was reached before the end; raise max_num_steps or rtol",
+    Status.MAX_STEPS: "max_num_steps was reached before the end; raise max_num_steps, or rtol (with fixed steps: "
+    "step_size)",
     Status.STEP_UNDERFLOW: "the step shrank to round-off, the field is too steep there; raise rtol or atol, "
     "or make the field smoother (regularise it, use a smooth activation)",
-    Status.NON_FINITE: "the field or the state became NaN or infinite; check the input's scale and the field, "
-    "or shorten the integration time",
+    Status.NON_FINITE: "the field or the state became NaN or infinite; check the field and the scale of y0, end t "
+    "earlier, or name the times where the field jumps (jump_times)",
     Status.EVENT: "a terminal event ended the solve",
     Status.GRAZING: "a terminal event ended the solve where its function touches zero without a slope; gradients do "
     "not flow through the event's time",

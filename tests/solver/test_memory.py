@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from skode.fields import MLPField
-from skode.solver import solve
+from skode.solver import arena, solve
 
 
 @pytest.mark.parametrize("step_control", ["row", "batch"])
@@ -47,3 +51,103 @@ def test_the_adjoint_keeps_no_steps_however_many_there_are():
         solution = solve(field, y0, [0.0, 5.0], gradient="adjoint", rtol=rtol, atol=rtol)
         assert not solution.y.grad_fn.run.record.steps
     assert int(solution.n_steps.min()) > 50
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the memory of all tensors made inside of it for as long as anything holds them, a graph for instance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(x, Tensor):
+                self._note(x.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, n_bytes = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone(_: Any) -> None:
+            del self._known[key]
+            self.now -= n_bytes
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.now += n_bytes
+        self.peak = max(self.peak, self.now)
+
+
+def test_living_memory_is_counted_as_long_as_a_graph_holds_it() -> None:
+    with LiveBytes() as live:
+        x = torch.ones(100, requires_grad=True)
+        y = x.exp().sin()
+        assert live.now == 3 * 400  # the graph holds the exponentials
+        del y
+        assert live.now == 400
+    assert live.peak == 3 * 400
+
+
+def of_network() -> Callable[[Tensor, Tensor], Tensor]:
+    return MLPField(2, (8,), time_dependent=True, generator=torch.Generator().manual_seed(0))
+
+
+def of_function() -> Callable[[Tensor, Tensor], Tensor]:
+    weights = (0.3 * torch.randn(2, 2, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    return lambda t, y: torch.tanh(y @ weights) - t * y
+
+
+def bytes_of_lengths(record: Any) -> int:
+    """What tells when the steps were and whose: a few numbers a row and step, none where rows share them."""
+    parts = (x for step in record.steps for x in (step.h, step.accept, *step.span) if isinstance(x, Tensor))
+    return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in parts}.values())
+
+
+@pytest.mark.parametrize("make", [of_network, of_function])
+@pytest.mark.parametrize("step_control", ["row", "batch"])
+@pytest.mark.parametrize(
+    ("budget", "n_rows", "n_steps"),
+    [(2**16, 16, 10), (2**16, 16, 100), (2**16, 16, 1000), (2**20, 64, 200), (2**24, 1024, 200)],
+)
+def test_the_exact_gradient_keeps_within_its_budget(
+    make: Any, step_control: str, budget: int, n_rows: int, n_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arena, "POOL_BYTES", 0)  # what is handed back is let go, and so not counted
+    field, options = make(), {"method": "midpoint", "step_size": 1 / n_steps, "step_control": step_control}
+    y0 = torch.randn(n_rows, 2, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    with LiveBytes() as live:
+        solution = solve(field, y0, [0.0, 1.0], memory_budget=budget, **options)
+        assert solution.n_steps.tolist() == [n_steps] * n_rows
+        lengths = bytes_of_lengths(solution.y.grad_fn.run.record)
+        loss = solution.y.square().sum()
+        del solution
+        assert 0 < live.now - lengths <= budget
+        loss.backward()
+    # For a moment stages and the states that take their place are held both.
+    assert live.peak - lengths <= 1.1 * budget
+
+
+@pytest.mark.parametrize("step_control", ["row", "batch"])
+def test_a_budget_too_small_for_any_record_is_exceeded_as_little_as_can_be(
+    step_control: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arena, "POOL_BYTES", 0)
+    field, n_steps, peaks = of_network(), 300, []
+    y0 = torch.randn(256, 2, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    # A state has 2 KiB, a step 36 KiB: the states of all steps 600 KiB; with every fourth of them, and four steps
+    # computed again, it is half as much.
+    for budget in (1, 2**16, 2**24):
+        with LiveBytes() as live:
+            options = {"method": "midpoint", "step_size": 1 / n_steps, "step_control": step_control}
+            solution = solve(field, y0, [0.0, 1.0], memory_budget=budget, **options)
+            lengths = bytes_of_lengths(solution.y.grad_fn.run.record)
+            solution.y.square().sum().backward()
+        peaks.append(live.peak - lengths)
+        del solution
+    assert max(peaks[:2]) < 450 * 1024 < 5 * 2**20 < peaks[2]
