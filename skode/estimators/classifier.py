@@ -69,8 +69,9 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         Step of a fixed-step method; a tenth of the interval if not given. Adaptive methods do without.
     max_num_steps : int, default=1000
         Limit of the steps of a row.
-    gradient : {"discrete", "adjoint"}, default="discrete"
-        Exact gradients of the steps taken, or the paper's adjoint equation at constant memory.
+    gradient : {"discrete", "adjoint", "reversible"}, default="discrete"
+        Exact gradients of the steps taken, or at constant memory the paper's adjoint equation, or exact gradients of
+        steps that can be undone (experimental).
     device : str or torch.device, default="auto"
         "auto": CUDA if present, else MPS, else the CPU. Acts after the fit, too.
     dtype : {"auto", "float32", "float64"} or NumPy dtype, default="auto"

@@ -19,10 +19,12 @@ from skode.solver.gradients import Gradients, Run
 from skode.solver.implicit import jacobian
 from skode.solver.integrate import integrate
 from skode.solver.layout import PADDING, RowLayout
+from skode.solver.numerical_map import numerical_map
 from skode.solver.problem import Landings, Problem
 from skode.solver.quadrature import QuadratureDynamics
 from skode.solver.record import Record, Step
 from skode.solver.replay import effective
+from skode.solver.run import run as run_steps
 from skode.solver.solution import Stats, Status
 from skode.solver.step import Attempt, Place, Span, Stepper, make_scheme
 from skode.solver.tableaus import get_tableau
@@ -159,7 +161,9 @@ class AdjointGradient:
     rtol: float | None = None
     atol: float | None = None
     keeps_steps: bool = False
-    repeats_steps: bool = True
+    interpolates = True
+    run = staticmethod(run_steps)
+    map = staticmethod(numerical_map)
 
     def record(self, problem: Problem) -> Record:
         return Record(keep_values=problem.dense)

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from skode.solver.gradients import Gradients, Run
 from skode.solver.interpolate import slopes, weights
+from skode.solver.numerical_map import numerical_map
 from skode.solver.problem import Problem
 from skode.solver.record import Record, Step
 from skode.solver.replay import replayed
+from skode.solver.run import run as run_steps
 from skode.solver.solution import Status
+from skode.solver.step import Stepper
 
 
 class DiscreteGradient:
@@ -28,7 +31,9 @@ class DiscreteGradient:
     """
 
     keeps_steps = True
-    repeats_steps = True
+    interpolates = True
+    run = staticmethod(run_steps)
+    map = staticmethod(numerical_map)
 
     def record(self, problem: Problem) -> Record:
         return Record(True, problem.memory_budget, problem.dense, problem.keep_errors)
@@ -39,14 +44,15 @@ class DiscreteGradient:
             zeros = tuple(torch.zeros_like(p) for p in problem.dynamics.trainable())
             return Gradients(torch.nan_to_num(g).sum(dim=1), times, zeros)
         with run.stepper.kernel.computing():
-            sweep = Sweep(run, g_error, time)
+            errors = g_error if run.record.keep_errors else None
+            sweep = Sweep(run.stepper, errors, TimeGradients(run) if time else None)
             layout = run.stepper.kernel.layout
             if run.dense is None:
                 last = g[:, 1] if run.stats.success else torch.where(torch.isnan(run.y[:, 1]), 0.0, g[:, 1])
                 sweep.lam.copy_(layout.enter_cotangent(last.contiguous()))
-                groups: list[_Outputs | None] = [None] * len(run.record.steps)
+                groups: list[Outputs | None] = [None] * len(run.record.steps)
             else:
-                groups = list(_grouped(run, g))
+                groups = list(grouped(run, g))
             position = len(groups)
             for stretch in _stretches(run):
                 for step in reversed(stretch):
@@ -80,7 +86,7 @@ def _stretches(run: Run) -> Iterator[list[Step]]:
         del again, leases
 
 
-class _Outputs(NamedTuple):
+class Outputs(NamedTuple):
     """Cotangents of outputs that belong to one step, as flat entries."""
 
     rows: Tensor
@@ -90,7 +96,7 @@ class _Outputs(NamedTuple):
     g: Tensor
 
 
-def _grouped(run: Run, g: Tensor) -> Iterator[_Outputs | None]:
+def grouped(run: Run, g: Tensor) -> Iterator[Outputs | None]:
     """The outputs after the first, sorted by the step that covers them."""
     n_steps = len(run.record.steps)
     places = run.knots.locate(run.times[:, 1:])
@@ -107,7 +113,7 @@ def _grouped(run: Run, g: Tensor) -> Iterator[_Outputs | None]:
             continue
         rows, columns = entries // n_columns, entries % n_columns
         inner = (rows, columns)
-        yield _Outputs(rows, columns + 1, places.theta[inner], places.at_end[inner], g[rows, columns + 1])
+        yield Outputs(rows, columns + 1, places.theta[inner], places.at_end[inner], g[rows, columns + 1])
 
 
 class Sweep:
@@ -117,17 +123,17 @@ class Sweep:
     is carried there. ``lam`` is the cotangent of the state where the sweep has arrived.
     """
 
-    def __init__(self, run: Run, g_error: Tensor, time: bool) -> None:
-        self._scheme, self._layout = run.stepper.scheme, run.stepper.kernel.layout
+    def __init__(self, stepper: Stepper, g_error: Tensor | None, times: TimeGradients | None) -> None:
+        self._scheme, self._layout = stepper.scheme, stepper.kernel.layout
         self._n, self._end = self._scheme.n_stages, self._scheme.tableau.end_stage
-        self._way = run.stepper.kernel.way_back(self._n)
+        self._way = stepper.kernel.way_back(self._n)
         self._room = self._way.room
         self.lam = self._room.v[self._n]
-        self._g_error = self._layout.enter_cotangent(g_error.unsqueeze(1)) if run.record.keep_errors else None
+        self._g_error = None if g_error is None else self._layout.enter_cotangent(g_error.unsqueeze(1))
         self._carries, self._extras_used = False, False
-        self._times = TimeGradients(run) if time else None
+        self._times = times
 
-    def through(self, step: Step, outputs: _Outputs | None) -> None:
+    def through(self, step: Step, outputs: Outputs | None) -> None:
         """Take ``lam`` from the step's end to its start."""
         assert step.block is not None
         asked = self._asked_from_outside(step, outputs)
@@ -238,7 +244,7 @@ class Sweep:
 
     # --- what outputs and errors ask for ---
 
-    def _asked_from_outside(self, step: Step, outputs: _Outputs | None) -> _Asked:
+    def _asked_from_outside(self, step: Step, outputs: Outputs | None) -> _Asked:
         error = None if step.error is None or self._g_error is None else step.error * self._g_error
         if self._extras_used:
             self._clear_extras()
@@ -317,7 +323,7 @@ class TimeGradients:
             c = self._scheme.tableau.c[i] * (self._length(step) != 0).to(dt.dtype)
             self._note_edges(step, (1 - c) * dt, c * dt)
 
-    def note_outputs(self, step: Step, outputs: _Outputs) -> None:
+    def note_outputs(self, step: Step, outputs: Outputs) -> None:
         """Theta = (t_out - t) / h moves with the output time, and with the ends of the first and last step."""
         assert step.block is not None
         n = self._scheme.n_stages

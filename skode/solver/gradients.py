@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from skode.solver.interpolate import DenseOutput, Knots
+from skode.solver.numerical_map import Course
 from skode.solver.problem import Problem
 from skode.solver.record import Record
 from skode.solver.solution import Stats
@@ -42,19 +43,28 @@ class Gradients(NamedTuple):
 
 
 class GradientStrategy(Protocol):
-    """A way to differentiate a solve; ``keeps_steps`` tells whether its backward needs the forward's steps.
-
-    ``repeats_steps``, if it is there and true, tells that second derivatives are those of the accepted steps taken
-    again as plain Runge-Kutta steps.
-    """
+    """A way to differentiate a solve."""
 
     @property
     def keeps_steps(self) -> bool:
         """Whether the record of the forward has to be held until backward."""
         ...
 
+    @property
+    def interpolates(self) -> bool:
+        """Whether outputs come from dense output; steps end at the output times otherwise."""
+        ...
+
     def record(self, problem: Problem) -> Record:
         """What the forward solve has to keep."""
+        ...
+
+    def run(self, problem: Problem, record: Record, y0: Tensor, times: Tensor) -> Run:
+        """The forward solve, with gradients or without."""
+        ...
+
+    def map(self, problem: Problem, fixed: Course, y0: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs and errors of the accepted steps, in plain torch, for second derivatives."""
         ...
 
     def backward(self, problem: Problem, run: Run, g: Tensor, g_error: Tensor, time: bool) -> Gradients:

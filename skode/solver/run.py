@@ -29,10 +29,8 @@ def run(problem: Problem, record: Record, y0: Tensor, times: Tensor) -> Run:
     try:
         end, stats, watch = _integrate(problem, stepper, record, y0, t0, t1)
     except Exception as raised:
-        began = getattr(stepper.kernel, "begun", False) and not isinstance(raised, RowsDifferError)
-        if began or not isinstance(stepper.kernel.layout, PaddedLayout):
+        if not minds_padding(raised, stepper):
             raise
-        # The field wants the rows as they are: it may hold something of its own for each of them.
         return run(replace(problem, padded=False), record.anew(), y0, times)
     layout = stepper.kernel.layout
     y_end = layout.leave(end)
@@ -52,6 +50,12 @@ def run(problem: Problem, record: Record, y0: Tensor, times: Tensor) -> Run:
         else stiffness.advice(problem.dynamics, problem.scheme.tableau, problem.tolerance, y_end, stats, t0, t1)
     )
     return Run(times, y, error, stats, stepper, record, knots, dense, advice, found)
+
+
+def minds_padding(raised: Exception, stepper: Stepper) -> bool:
+    """Whether the field may want the rows as they are: it may hold something of its own for each of them."""
+    began = getattr(stepper.kernel, "begun", False) and not isinstance(raised, RowsDifferError)
+    return isinstance(stepper.kernel.layout, PaddedLayout) and not began
 
 
 def _integrate(

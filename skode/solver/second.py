@@ -15,7 +15,7 @@ from torch import Tensor
 
 from skode.solver import wrapped
 from skode.solver.gradients import GradientStrategy, Run
-from skode.solver.numerical_map import course, numerical_map
+from skode.solver.numerical_map import course
 from skode.solver.parameters import hooks_aside
 from skode.solver.plan import planned
 from skode.solver.problem import Problem
@@ -44,7 +44,7 @@ class Node(NamedTuple):
         """Outputs and errors in plain torch, with the steps that were accepted."""
         run, batch = self.run, self.problem.batch is not None
         plan = planned(run.knots.accepted(), run.times, run.stats.status, self.problem.landings)
-        return numerical_map(self.problem, course(plan, run.times, batch and bool(len(y0))), y0, times)
+        return self.strategy.map(self.problem, course(plan, run.times, batch and bool(len(y0))), y0, times)
 
 
 def pulled(
@@ -63,11 +63,6 @@ def pulled(
     if node.run.found is not None:
         raise NotImplementedError(
             "a solve with events has no second derivatives (create_graph=True), nor batched ones."
-        )
-    if not getattr(node.strategy, "repeats_steps", False):
-        raise NotImplementedError(
-            f"a solve by {type(node.strategy).__name__} has neither second derivatives (create_graph=True) nor "
-            "batched ones; use gradient='discrete'."
         )
     if batched:
         return differentiated(node.map, (y0, times), node.problem.dynamics.trainable(), (g, g_error), (True, node.time))

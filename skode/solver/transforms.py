@@ -23,6 +23,7 @@ from skode.solver.plan import planned
 from skode.solver.problem import Problem
 from skode.solver.quadrature import QuadratureDynamics, prepared
 from skode.solver.solution import Solution, Status, Steps
+from skode.solver.strategies import as_strategy
 from skode.solver.tableaus import get_tableau
 
 P = ParamSpec("P")
@@ -60,6 +61,10 @@ class _Transformed:
         for name in _UNSUPPORTED:
             if options.get(name):
                 raise NotImplementedError(f"solve(..., {name}=) does not work inside of torch.func's transforms.")
+        if not as_strategy(options.get("gradient", "discrete")).interpolates:
+            raise NotImplementedError(
+                "gradient='reversible' does not work inside of torch.func's transforms; use gradient='discrete'."
+            )
         check_state(y0)
         own = dict(options)
         args, self._q = own.pop("args", ()), own.get("n_quadratures", 0)

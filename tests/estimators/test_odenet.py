@@ -43,6 +43,7 @@ def _split(load):
         {},
         {"n_members": 1},
         {"gradient": "adjoint", "n_members": 2},
+        {"gradient": "reversible", "n_members": 2, "max_iter": 30},
         {"method": "rk4", "n_members": 2},
         {"method": "euler", "step_size": 0.25, "n_members": 2},
         {"method": "tsit5", "n_members": 2},

@@ -19,7 +19,7 @@ from skode.solver.parameters import find_tensors, name_of
 from tests.problems import Plain, Recorded, column, mlp_field, random_states
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
-with_both_gradients = pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+with_both_gradients = pytest.mark.parametrize("gradient", ["discrete", "adjoint", "reversible"])
 with_both_controls = pytest.mark.parametrize("control", ["row", "batch"])
 
 
@@ -228,6 +228,7 @@ def test_a_module_that_is_only_captured_gets_no_gradient() -> None:
 
 @with_both_gradients
 @with_both_controls
+@pytest.mark.filterwarnings("ignore:the two states of gradient='reversible' ended apart")  # the field jumps
 def test_a_tensor_that_is_needed_late_gets_its_gradient(gradient: str, control: str) -> None:
     early, late, never = number(0.3), number(0.8), number(1.0)
     computed = late * 1
@@ -242,7 +243,7 @@ def test_a_tensor_that_is_needed_late_gets_its_gradient(gradient: str, control: 
     y1.sum().backward()
     expected = -0.5 * torch.exp(torch.tensor(-0.55, dtype=torch.float64))
     for rate in (early, late):
-        torch.testing.assert_close(rate.grad, expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(rate.grad, expected, rtol=1e-5 if gradient == "reversible" else 1e-6, atol=0)
     assert never.grad is None
 
 

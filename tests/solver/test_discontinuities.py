@@ -22,7 +22,7 @@ JUMP = 0.37
 
 on_all_methods = pytest.mark.parametrize("method", METHODS)
 with_both_controls = pytest.mark.parametrize("control", ["row", "batch"])
-with_both_gradients = pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+with_both_gradients = pytest.mark.parametrize("gradient", ["discrete", "adjoint", "reversible"])
 
 
 def times(*values: float) -> Tensor:

@@ -17,7 +17,7 @@ from skode.solver import arena, solve
 
 
 @pytest.mark.parametrize("step_control", ["row", "batch"])
-@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint", "reversible"])
 def test_a_solves_record_dies_with_its_outputs(step_control, gradient):
     field = MLPField(2, (4,), generator=torch.Generator().manual_seed(0))
     solution = solve(field, torch.ones(3, 2), [0.0, 0.5, 1.0], step_control=step_control, gradient=gradient)

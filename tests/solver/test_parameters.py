@@ -18,7 +18,7 @@ from skode.solver import Solution, solve
 from tests.problems import Field, column
 
 with_both_controls = pytest.mark.parametrize("control", ["row", "batch"])
-with_both_gradients = pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+with_both_gradients = pytest.mark.parametrize("gradient", ["discrete", "adjoint", "reversible"])
 
 
 def times(*values: float) -> Tensor:

@@ -340,7 +340,7 @@ def gradients_of(y: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)
 
 
-@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint", "reversible"])
 @with_both_controls
 @pytest.mark.parametrize("wrap", [lambda field: field, Plain])
 def test_solves_between_a_solve_and_its_backward_change_nothing(
@@ -373,7 +373,7 @@ def test_a_freed_graph_is_not_used_again() -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint", "reversible"])
 @with_both_controls
 def test_backwards_of_one_field_in_several_threads_are_the_serial_ones(gradient: str, control: str) -> None:
     field, starts = mlp_field(), [random_states(30 + seed, 3 + seed % 2).requires_grad_() for seed in range(8)]

@@ -143,11 +143,12 @@ def test_a_row_that_fails_along_given_steps_leaves_the_others_alone() -> None:
     assert_equal(found[1], found[0])
 
 
-@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint", "reversible"])
 @pytest.mark.parametrize("budget", [0, 2**28])
 def test_gradients_along_given_steps(gradient: str, budget: int) -> None:
     field, y0 = Plain(mlp_field()), random_states(4, 3).requires_grad_()
-    options: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
+    # A step ends at the output, which "reversible" needs.
+    options: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9, "step_times": [0.4]}
     first = solve(field, y0, [0.0, 0.4, 1.0], **options)
     again = solve(field, y0, [0.0, 0.4, 1.0], steps=first.steps, gradient=gradient, memory_budget=budget, **options)
     inputs = [y0, *field.parameters()]
@@ -198,7 +199,7 @@ def fine(field: Field, y: Tensor) -> Tensor:
 
 @with_both_controls
 @with_both_fields
-@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint", "reversible"])
 def test_second_derivatives_of_solves_in_a_chain(control: str, wrap: Any, gradient: str) -> None:
     # The second solve's states depend on the same parameters: they must not count twice.
     field, y0 = wrap(mlp_field()), random_states(6, 3).requires_grad_()

@@ -14,7 +14,7 @@ from skode.solver import solve
 from skode.solver.dynamics import AutogradDynamics, as_dynamics
 from tests.problems import Plain, mlp_field, random_states
 
-with_both_gradients = pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+with_both_gradients = pytest.mark.parametrize("gradient", ["discrete", "adjoint", "reversible"])
 with_both_controls = pytest.mark.parametrize("control", ["row", "batch"])
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 
