@@ -17,7 +17,7 @@ from skode.solver.interpolate import slopes, weights
 from skode.solver.numerical_map import numerical_map
 from skode.solver.problem import Problem
 from skode.solver.record import Record, Step
-from skode.solver.replay import replayed
+from skode.solver.replay import first_time, replayed
 from skode.solver.run import run as run_steps
 from skode.solver.solution import Status
 from skode.solver.step import Stepper
@@ -40,7 +40,7 @@ class DiscreteGradient:
 
     def backward(self, problem: Problem, run: Run, g: Tensor, g_error: Tensor, time: bool) -> Gradients:
         if not run.record.steps:
-            times = torch.zeros_like(run.times) if time else None
+            times = slopes_at_start(problem, run, torch.nan_to_num(g)) if time else None
             zeros = tuple(torch.zeros_like(p) for p in problem.dynamics.trainable())
             return Gradients(torch.nan_to_num(g).sum(dim=1), times, zeros)
         with run.stepper.kernel.computing():
@@ -60,13 +60,40 @@ class DiscreteGradient:
                     sweep.through(step, groups[position])
                 # Its memory is free before the next one's stages are computed.
                 del stretch, step
-            y0, times_gradient, parameters = sweep.finish()
+            y0, times, parameters = sweep.finish()
+        if times is not None:
+            times = _with_standing_rows(problem, run, g, times.clone())
         # What was made in inference mode must not leave.
         return Gradients(
             y0 + g[:, 0],
-            None if times_gradient is None else times_gradient.clone(),
+            times,
             tuple(gradient.clone(memory_format=torch.contiguous_format) for gradient in parameters),
         )
+
+
+def slopes_at_start(problem: Problem, run: Run, g: Tensor) -> Tensor:
+    """Output times equal to t0: the output moves with the field when its time moves alone."""
+    slopes = torch.zeros_like(run.times)
+    later = run.times[:, 1:] == run.times[:, :1]
+    if bool(later.any()):
+        t = run.times[:, :1].to(g.dtype)
+        if run.record.steps:
+            layout = run.stepper.kernel.layout
+            t = layout.leave(first_time(run.stepper, run.record.steps[0]).expand(layout.row)).clone()
+        f = problem.dynamics(t, run.y[:, 0].contiguous())
+        # Rows that nothing is asked of may have no field there.
+        product = torch.where(g[:, 1:] == 0, 0.0, g[:, 1:] * f.unsqueeze(1))
+        slopes[:, 1:] = torch.where(later, product.sum(dim=2), 0.0)
+        slopes[:, 0] = -slopes[:, 1:].sum(dim=1)
+    return slopes
+
+
+def _with_standing_rows(problem: Problem, run: Run, g: Tensor, times: Tensor) -> Tensor:
+    """The times' gradients, those of rows whose times are all the same put right: no step is theirs."""
+    standing = ((run.times == run.times[:, :1]) | torch.isnan(run.times)).all(dim=1, keepdim=True)
+    if not bool(standing.any()):
+        return times
+    return torch.where(standing, slopes_at_start(problem, run, torch.where(standing.unsqueeze(2), g, 0.0)), times)
 
 
 def _stretches(run: Run) -> Iterator[list[Step]]:

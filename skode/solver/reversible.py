@@ -18,7 +18,7 @@ from torch import Tensor
 from skode.exceptions import ConvergenceWarning
 from skode.solver.coupled import CoupledStepper, Landed, Pair, at_outputs, require_outputs, restarting
 from skode.solver.coupled_map import coupled_map
-from skode.solver.discrete import Outputs, Sweep, TimeGradients, grouped
+from skode.solver.discrete import Outputs, Sweep, TimeGradients, grouped, slopes_at_start
 from skode.solver.gradients import Gradients, Run
 from skode.solver.integrate import integrate
 from skode.solver.interpolate import Knots
@@ -105,7 +105,7 @@ class ReversibleGradient:
         g_start, g = torch.where(at_start, g, 0.0), torch.where(at_start, 0.0, g)
         y0, times, parameters = _back_to_start(problem, run, g, time)
         if times is not None:
-            times = times + _slopes_at_start(problem, run, g_start)
+            times = times + slopes_at_start(problem, run, g_start)
         return Gradients(y0 + g_start.sum(dim=1), times, parameters)
 
 
@@ -137,23 +137,6 @@ def _back_to_start(problem: Problem, run: Run, g: Tensor, time: bool) -> Gradien
         None if times is None else times.clone(),
         tuple(gradient.clone(memory_format=torch.contiguous_format) for gradient in parameters),
     )
-
-
-def _slopes_at_start(problem: Problem, run: Run, g: Tensor) -> Tensor:
-    """Output times equal to t0: the output moves with the field when its time moves alone."""
-    slopes = torch.zeros_like(run.times)
-    later = run.times[:, 1:] == run.times[:, :1]
-    if bool(later.any()):
-        t = run.times[:, :1].to(g.dtype)
-        if run.record.steps:
-            layout = run.stepper.kernel.layout
-            t = layout.leave(first_time(run.stepper, run.record.steps[0]).expand(layout.row)).clone()
-        f = problem.dynamics(t, run.y[:, 0].contiguous())
-        # Rows that nothing is asked of may have no field there.
-        product = torch.where(g[:, 1:] == 0, 0.0, g[:, 1:] * f.unsqueeze(1))
-        slopes[:, 1:] = torch.where(later, product.sum(dim=2), 0.0)
-        slopes[:, 0] = -slopes[:, 1:].sum(dim=1)
-    return slopes
 
 
 def _warn_of_deviation(deviation: Tensor) -> None:

@@ -630,3 +630,21 @@ def test_a_small_memory_budget_ends_the_keeping_of_tapes(method: str) -> None:
     assert kept[2**28] >= n_steps * (n_stages - 1)
     assert_all_close(found[0], found[2**28], 1e-12)
     assert_all_close(found[1], found[2**28], 1e-12)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@with_both_controls
+def test_rows_whose_times_are_all_the_same_move_with_each_of_them_alone(gradient: str, control: str) -> None:
+    field, y0 = mlp_field(), random_states(3, 3)
+    t = times(0.5, 0.5, 0.5) if control == "batch" else rows((0.5, 0.5, 0.5), (0.5, 0.5, NAN), (0.5, 0.7, 1.0))
+    t.requires_grad_()
+    g = torch.linspace(-1, 2, 3 * 3 * y0.shape[1], dtype=torch.float64).view(3, 3, -1)
+    solution = solve(field, y0, t, gradient=gradient, step_control=control, rtol=1e-9, atol=1e-9)
+    (found,) = gradients_of((torch.nan_to_num(solution.y) * g).sum(), [t])
+    slope = field(torch.full((3, 1), 0.5, dtype=torch.float64), y0).detach()
+    alone = torch.einsum("nmd,nd->nm", g[:, 1:], slope)
+    if control == "batch":
+        torch.testing.assert_close(found, torch.cat([-alone.sum().view(1), alone.sum(dim=0)]))
+        return
+    torch.testing.assert_close(found[0], torch.cat([-alone[0].sum().view(1), alone[0]]))
+    torch.testing.assert_close(found[1], torch.stack([-alone[1, 0], alone[1, 0], times(0.0)[0]]))
