@@ -166,7 +166,7 @@ class AdjointGradient:
     map = staticmethod(numerical_map)
 
     def record(self, problem: Problem) -> Record:
-        return Record(keep_values=problem.dense)
+        return Record(keep_values=problem.keeps_dense)
 
     def backward(self, problem: Problem, run: Run, g: Tensor, g_error: Tensor, time: bool) -> Gradients:
         lost = torch.isnan(run.y)

@@ -36,7 +36,7 @@ class DiscreteGradient:
     map = staticmethod(numerical_map)
 
     def record(self, problem: Problem) -> Record:
-        return Record(True, problem.memory_budget, problem.dense, problem.keep_errors)
+        return Record(True, problem.memory_budget, problem.keeps_dense, problem.keep_errors)
 
     def backward(self, problem: Problem, run: Run, g: Tensor, g_error: Tensor, time: bool) -> Gradients:
         if not run.record.steps:
@@ -47,7 +47,7 @@ class DiscreteGradient:
             errors = g_error if run.record.keep_errors else None
             sweep = Sweep(run.stepper, errors, TimeGradients(run) if time else None)
             layout = run.stepper.kernel.layout
-            if run.dense is None:
+            if not problem.dense:
                 last = g[:, 1] if run.stats.success else torch.where(torch.isnan(run.y[:, 1]), 0.0, g[:, 1])
                 sweep.lam.copy_(layout.enter_cotangent(last.contiguous()))
                 groups: list[Outputs | None] = [None] * len(run.record.steps)

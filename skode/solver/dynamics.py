@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from skode.exceptions import FieldError
 from skode.solver.parameters import Dependencies, checked, hooks_aside
+from skode.solver.saved import saved_bytes
 
 Weight = Tensor | float
 
@@ -61,16 +62,11 @@ class Dynamics(Protocol):
 class _GraphTape:
     """An evaluation under autograd: inputs, value and the cotangent that was pulled through it."""
 
-    __slots__ = ("a", "f", "t", "y")
+    __slots__ = ("a", "f", "nbytes", "t", "y")
 
-    def __init__(self, t: Tensor, y: Tensor, f: Tensor) -> None:
-        self.t, self.y, self.f = t, y, f
+    def __init__(self, t: Tensor, y: Tensor, f: Tensor, nbytes: int) -> None:
+        self.t, self.y, self.f, self.nbytes = t, y, f, nbytes
         self.a: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        # A graph does not tell its size; eight states an evaluation is what a two-layer network keeps.
-        return 8 * self.y.numel() * self.y.element_size()
 
 
 class AutogradDynamics:
@@ -102,11 +98,13 @@ class AutogradDynamics:
         self._field, self._n_outputs, self._args = field, n_outputs, args
         self._given = None if parameters is None else checked(parameters)
         self._depends_on = Dependencies(field, args, self._given)
+        self._tape_bytes: int | None = None  # of every tape, as far as the first one tells
 
     def anew(self) -> AutogradDynamics:
         """The same for another solve."""
         other = copy.copy(self)
         other._depends_on = Dependencies(self._field, self._args, self._given)
+        other._tape_bytes = None
         return other
 
     def settle(self) -> None:
@@ -134,7 +132,10 @@ class AutogradDynamics:
         with torch.enable_grad():
             t = t.detach().clone().requires_grad_()
             y = y.detach().requires_grad_()
-            return _GraphTape(t, y, self._value(t, y))
+            f = self._value(t, y)
+        if self._tape_bytes is None:
+            self._tape_bytes = t.nbytes + y.nbytes + saved_bytes(f)
+        return _GraphTape(t, y, f, self._tape_bytes)
 
     def pull(self, tape: Any, a: Tensor, *, time: bool = False) -> tuple[Tensor, Tensor | None]:
         tape.a = a

@@ -110,86 +110,82 @@ class Knots:
 
 def weights(scheme: Scheme, theta: Tensor) -> Tensor:
     """beta_i(theta) in the solve's dtype, shape (..., n_stages); computed in theta's, since large terms cancel."""
-    p = scheme.p.to(theta.dtype)
-    return (torch.stack([theta**k for k in range(1, p.shape[1] + 1)], dim=-1) @ p.t()).to(scheme.b.dtype)
+    return _polynomials(scheme, [theta**k for k in range(1, scheme.p.shape[1] + 1)])
 
 
 def slopes(scheme: Scheme, theta: Tensor) -> Tensor:
     """D beta_i / d theta in the solve's dtype, shape (..., n_stages)."""
-    p = scheme.p.to(theta.dtype)
-    return (torch.stack([k * theta ** (k - 1) for k in range(1, p.shape[1] + 1)], dim=-1) @ p.t()).to(scheme.b.dtype)
+    return _polynomials(scheme, [k * theta ** (k - 1) for k in range(1, scheme.p.shape[1] + 1)])
+
+
+def _polynomials(scheme: Scheme, powers: list[Tensor]) -> Tensor:
+    # Not as a matrix product, whose rounding depends on how many times there are.
+    p = scheme.p.to(powers[0].dtype)
+    return (torch.stack(powers, dim=-1).unsqueeze(-2) * p).sum(dim=-1).to(scheme.b.dtype)
 
 
 @dataclass(frozen=True)
 class DenseOutput:
-    """The recorded steps of a solve as a function of time.
+    """Some consecutive steps of a solve as a function of time.
 
     Parameters
     ----------
-    steps : sequence of Step
-        With their states and values, or the blocks where these lie.
-    y_end : tensor of shape (n, d)
+    states : tensor of shape (n_steps + 1, n, d)
+        At the steps' starts and at the end.
+    values : tensor of shape (n_steps, n_stages, n, d), or None without steps
+        Stage values times the steps' lengths.
     knots : Knots
     scheme : Scheme
-    layout : Layout
     """
 
-    steps: Sequence[Step]
-    y_end: Tensor
+    states: Tensor
+    values: Tensor | None
     knots: Knots
     scheme: Scheme
-    layout: Layout
 
-    @cached_property
-    def _states(self) -> Tensor:
-        """States at the steps' starts and at the end, shape (n_steps + 1, n, d)."""
-        starts = [step.y if step.block is None else step.block.y[step.slot] for step in self.steps]
-        return torch.stack([*(self.layout.leave(y) for y in starts if y is not None), self.y_end])
-
-    @cached_property
-    def _values(self) -> Tensor:
-        """Stage values times the steps' lengths, shape (n_steps, n_stages, n, d)."""
-        n = self.scheme.n_stages
-        values = [step.F if step.block is None else step.block.F[step.slot : step.slot + n] for step in self.steps]
-        return torch.stack(
-            [
-                self.layout.leave(F * step.h)
-                for F, step in zip((F for F in values if F is not None), self.steps, strict=True)
-            ]
+    @staticmethod
+    def of(steps: Sequence[Step], y_end: Tensor, knots: Knots, scheme: Scheme, layout: Layout) -> DenseOutput:
+        """Of recorded steps with their states and values, or the blocks where these lie, and the last state (n, d)."""
+        if not steps:
+            return DenseOutput(y_end.unsqueeze(0).clone(), None, knots, scheme)
+        n = scheme.n_stages
+        starts = [step.y if step.block is None else step.block.y[step.slot] for step in steps]
+        values = [step.F if step.block is None else step.block.F[step.slot : step.slot + n] for step in steps]
+        return DenseOutput(
+            torch.stack([*(layout.leave(y) for y in starts if y is not None), y_end]),
+            torch.stack([layout.leave(F * step.h) for F, step in zip(values, steps, strict=True) if F is not None]),
+            knots,
+            scheme,
         )
 
-    def settle(self) -> DenseOutput:
-        """Gather what it needs, so that the solve's memory may go."""
-        if self.steps:
-            _ = self._states, self._values
-        return self
+    @property
+    def output_bytes(self) -> int:
+        """Bytes that it takes to work out one output of each row."""
+        return 0 if self.values is None else self.values[0].nbytes
 
     def evaluate(self, t: Tensor, *, checked: bool = False) -> Tensor:
         """States at times ``(q,)`` or ``(n, q)``; NaN where they were not reached."""
         times = self._times(t, checked)
-        if not self.steps:
-            states = self.y_end.unsqueeze(1).expand(-1, times.shape[1], -1).clone()
+        if self.values is None:
+            states = self.states[-1].unsqueeze(1).expand(-1, times.shape[1], -1).clone()
             return torch.where((times == self.knots.t0.unsqueeze(1)).unsqueeze(-1), states, torch.nan)
         places = self.knots.locate(times)
         rows = torch.arange(len(times), device=times.device).unsqueeze(1)
-        inside = self._mixed(weights(self.scheme, places.theta), places, rows)
-        inside += self._states[places.step, rows]
-        states = torch.where(places.at_end.unsqueeze(-1), self._states[places.step + 1, rows], inside)
+        inside = _mixed(weights(self.scheme, places.theta), self.values, places, rows)
+        inside += self.states[places.step, rows]
+        states = torch.where(places.at_end.unsqueeze(-1), self.states[places.step + 1, rows], inside)
         return states.masked_fill(places.beyond.unsqueeze(-1), torch.nan)
 
     def derivative(self, t: Tensor, *, checked: bool = False) -> Tensor:
         """Derivatives with the time of what :meth:`evaluate` gives."""
         times = self._times(t, checked)
-        if not self.steps:
+        if self.values is None:
             return torch.full_like(self.evaluate(times), torch.nan)
         places = self.knots.locate(times)
         rows = torch.arange(len(times), device=times.device).unsqueeze(1)
-        length = (self.knots.ends - self.knots.starts).gather(1, places.step).to(self.y_end.dtype)
-        slope = self._mixed(slopes(self.scheme, places.theta), places, rows) / length.unsqueeze(-1)
+        length = (self.knots.ends - self.knots.starts).gather(1, places.step).to(self.states.dtype)
+        slope = _mixed(slopes(self.scheme, places.theta), self.values, places, rows) / length.unsqueeze(-1)
         return slope.masked_fill(places.beyond.unsqueeze(-1), torch.nan)
-
-    def _mixed(self, beta: Tensor, places: Places, rows: Tensor) -> Tensor:
-        return torch.einsum("nqs,nqsd->nqd", beta, self._values[places.step, :, rows])
 
     def _times(self, t: Tensor, checked: bool) -> Tensor:
         t0 = self.knots.t0
@@ -208,3 +204,8 @@ class DenseOutput:
                 f"time {float(times[row, column]):.6g} (row {row}) lies outside of the solved interval "
                 f"[{float(low[row]):.6g}, {float(high[row]):.6g}]."
             )
+
+
+def _mixed(beta: Tensor, values: Tensor, places: Places, rows: Tensor) -> Tensor:
+    # Not as a matrix product, whose rounding depends on how many times there are.
+    return values[places.step, :, rows].mul_(beta.unsqueeze(-1)).sum(dim=2)

@@ -157,6 +157,7 @@ class TapeKernel(Kernel):
     def __init__(self, dynamics: Dynamics, layout: Layout, shared_times: bool, like: Tensor) -> None:
         super().__init__(layout, shared_times)
         self.dynamics, self._like, self.begun = dynamics, like, False
+        self._tape_bytes: int | None = None
         self._doubts = 3 if isinstance(layout, PaddedLayout) else 0
 
     def block(self, n_slots: int, keep: bool) -> Lease[TapeBlock]:
@@ -168,14 +169,17 @@ class TapeKernel(Kernel):
 
     @property
     def slot_bytes(self) -> int:
-        # A graph does not tell its size; eight states an evaluation is what a two-layer network keeps.
-        return 11 * numbers(self.layout.state) * self._like.element_size()
+        state_bytes = numbers(self.layout.state) * self._like.element_size()
+        # Before there is a tape: eight states an evaluation is what a small network keeps.
+        return 3 * state_bytes + (8 * state_bytes if self._tape_bytes is None else self._tape_bytes)
 
     def evaluate(self, block: TapeBlock, slot: int, keep: bool) -> None:
         assert block.t is not None
         t, y = block.t[slot].clone().expand(self.layout.row), block.y[slot].clone()
         if keep:
             f, block.tapes[slot] = self.dynamics.linearize(t, y)
+            if self._tape_bytes is None:
+                self._tape_bytes = block.tapes[slot].nbytes
         else:
             f = self.dynamics(t, y)
         self._store(f, block.f[slot])

@@ -39,7 +39,8 @@ class Problem:
     """An initial-value problem but for its states and times.
 
     ``batch`` is None where every row takes steps of its own. ``tolerance`` holds its tensors in the callers' shapes,
-    one number for each component. ``plan`` are the steps to take, if they are given.
+    one number for each component. ``dense``: outputs come from dense output; ``keeps_dense``: it is wanted after the
+    solve. ``plan`` are the steps to take, if they are given.
     """
 
     dynamics: Dynamics
@@ -48,6 +49,7 @@ class Problem:
     batch: BatchControl | None
     memory_budget: int
     dense: bool
+    keeps_dense: bool
     keep_errors: bool = False
     landings: Landings | None = None
     padded: bool = True

@@ -193,7 +193,12 @@ class Record:
             if self._used > self.budget:
                 self._keep_states_only(stepper)
             return
-        if self.keep_values:
+        if not self.keep_values:
+            self._thin(stepper)
+
+    def _thin(self, stepper: Stepper) -> None:
+        """Keep every 2nd, 4th, ... state alone, as many as fit."""
+        if not self.steps:
             return
         state_bytes = sum(x.nbytes for x in (self.steps[0].y, self.steps[0].f) if x is not None)
         step_bytes = stepper.kernel.slot_bytes * (stepper.n_slots - 1)
@@ -224,6 +229,15 @@ class Record:
         self._n_kept_states = len(self.steps)
         self.stride = 1
         self.leases.clear()
+
+    def drop_values(self, stepper: Stepper) -> None:
+        """What only dense output needed is let go; going back needs less."""
+        self.steps = [step if step.F is None else step._replace(F=None) for step in self.steps]
+        self.keep_values = False
+        if not self.keep:
+            self.steps = []
+        elif self.stride:
+            self._thin(stepper)
 
     def _note_error(self, stepper: Stepper, verdict: Verdict) -> Tensor | None:
         """Add the square of error / unit, and return its derivative with the error (the unit held fixed).

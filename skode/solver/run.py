@@ -14,6 +14,7 @@ from skode.solver.integrate import integrate
 from skode.solver.interpolate import DenseOutput, Knots
 from skode.solver.kernels import RowsDifferError
 from skode.solver.layout import PaddedLayout
+from skode.solver.outputs import Interpolated
 from skode.solver.problem import Problem
 from skode.solver.record import Record
 from skode.solver.second import Node, pulled
@@ -27,22 +28,23 @@ def run(problem: Problem, record: Record, y0: Tensor, times: Tensor) -> Run:
     stepper = problem.stepper(y0)
     t0, t1 = times[:, 0], last_times(times)
     try:
-        end, stats, watch = _integrate(problem, stepper, record, y0, t0, t1)
+        end, stats, seen = _integrate(problem, stepper, record, y0, times, t1)
     except Exception as raised:
         if not minds_padding(raised, stepper):
             raise
         return run(replace(problem, padded=False), record.anew(), y0, times)
     layout = stepper.kernel.layout
     y_end = layout.leave(end)
-    found = None if watch is None else watch.found(times)
+    found = seen.found(times) if isinstance(seen, Watch) else None
     halts = None
     if found is not None:
         times, halts = found.times, found.halts()
     knots = Knots(record.spans, layout, t0, t1, halts)
     dense = None
-    if problem.dense:
-        dense = DenseOutput(record.steps, y_end.clone(), knots, problem.scheme, layout).settle()
-    y = _outputs(y0, times, y_end, stats, dense)
+    if problem.keeps_dense:
+        dense = DenseOutput.of(record.steps, y_end, knots, problem.scheme, layout)
+        record.drop_values(stepper)
+    y = seen.finish(end, stats.success) if isinstance(seen, Interpolated) else _outputs(y0, times, y_end, stats, dense)
     error = y0.new_zeros(len(y0)) if record.error is None else record.error.clone()
     advice = (
         {}
@@ -59,13 +61,17 @@ def minds_padding(raised: Exception, stepper: Stepper) -> bool:
 
 
 def _integrate(
-    problem: Problem, stepper: Stepper, record: Record, y0: Tensor, t0: Tensor, t1: Tensor
-) -> tuple[Tensor, Stats, Watch | None]:
+    problem: Problem, stepper: Stepper, record: Record, y0: Tensor, times: Tensor, t1: Tensor
+) -> tuple[Tensor, Stats, Watch | Interpolated | None]:
+    observer: Watch | Interpolated | None = None
+    if problem.dense and not problem.keeps_dense:
+        observer = Interpolated(stepper, y0, times, t1, problem.memory_budget)
     with stepper.kernel.computing():
-        control = problem.control(stepper, t0, t1)
-        watch = None if problem.watched is None else Watch(problem.watched, stepper, control)
-        end = integrate(stepper, stepper.kernel.layout.enter(y0), control, record, watch)
-        return end, stepper.kernel.counted(control.stats(end)), watch
+        control = problem.control(stepper, times[:, 0], t1)
+        if problem.watched is not None:
+            observer = Watch(problem.watched, stepper, control)
+        end = integrate(stepper, stepper.kernel.layout.enter(y0), control, record, observer)
+        return end, stepper.kernel.counted(control.stats(end)), observer
 
 
 def _outputs(y0: Tensor, times: Tensor, y_end: Tensor, stats: Stats, dense: DenseOutput | None) -> Tensor:
@@ -107,9 +113,9 @@ class Solve(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         # The outputs will point to this node; the node must not point to them.
-        own = done._replace(y=done.y.detach(), error=done.error.detach())
+        own = done._replace(y=done.y.detach(), error=done.error.detach(), dense=None)
         if not strategy.keeps_steps:
-            own = own._replace(record=Record(), dense=None, knots=done.knots.bare())
+            own = own._replace(record=Record(), knots=done.knots.bare())
         ctx.problem, ctx.strategy, ctx.run = problem, strategy, own
         ctx.save_for_backward(y0, times, done.y, *parameters)  # so that torch notices changes in place before backward
         return done.y, done.error

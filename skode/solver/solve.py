@@ -180,7 +180,8 @@ def solve(
         raise ValueError("error_estimate=True needs gradient='discrete' and an adaptive method.")
     watched = as_watched(events, d)
     require_interpolant(strategy, dense_output=dense_output, events=watched is not None)
-    dense = dense_output or watched is not None or (times.shape[1] > 2 and strategy.interpolates)
+    keeps_dense = dense_output or watched is not None
+    dense = keeps_dense or (times.shape[1] > 2 and strategy.interpolates)
     stops = landings(jump_times, step_times, y0, times.dtype)
     batch = arguments.batch_control(step_control, shared, len(y0))
     problem = Problem(
@@ -190,6 +191,7 @@ def solve(
         batch,
         memory_budget,
         dense,
+        keeps_dense,
         error_estimate,
         stops,
         watched=watched,
@@ -234,5 +236,6 @@ def _solved(problem: Problem, strategy: GradientStrategy, y0: Tensor, times: Ten
             done = done._replace(knots=done.knots.bare())
         return done, y, error
     with torch.no_grad():
-        done = strategy.run(problem, Record(keep_values=problem.dense, keep_errors=problem.keep_errors), y0, times)
+        record = Record(keep_values=problem.keeps_dense, keep_errors=problem.keep_errors)
+        done = strategy.run(problem, record, y0, times)
     return done, done.y, done.error

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skode.fields import MLPField
@@ -109,28 +109,54 @@ def bytes_of_lengths(record: Any) -> int:
     return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in parts}.values())
 
 
-@pytest.mark.parametrize("make", [of_network, of_function])
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.layers(y) - t
+
+
+def n_parameters(field: Any) -> int:
+    return sum(p.numel() for p in field.parameters()) if isinstance(field, nn.Module) else 4
+
+
+@pytest.mark.parametrize("make", [of_network, of_function, Wide])
 @pytest.mark.parametrize("step_control", ["row", "batch"])
 @pytest.mark.parametrize(
     ("budget", "n_rows", "n_steps"),
-    [(2**16, 16, 10), (2**16, 16, 100), (2**16, 16, 1000), (2**20, 64, 200), (2**24, 1024, 200)],
+    [(2**16, 4, 10), (2**16, 4, 100), (2**16, 4, 1000), (2**20, 64, 200), (2**24, 1024, 200)],
 )
+@pytest.mark.parametrize("n_outputs", [2, 40])
 def test_the_exact_gradient_keeps_within_its_budget(
-    make: Any, step_control: str, budget: int, n_rows: int, n_steps: int, monkeypatch: pytest.MonkeyPatch
+    make: Any,
+    step_control: str,
+    budget: int,
+    n_rows: int,
+    n_steps: int,
+    n_outputs: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(arena, "POOL_BYTES", 0)  # what is handed back is let go, and so not counted
     field, options = make(), {"method": "midpoint", "step_size": 1 / n_steps, "step_control": step_control}
     y0 = torch.randn(n_rows, 2, generator=torch.Generator().manual_seed(2)).requires_grad_()
     with LiveBytes() as live:
-        solution = solve(field, y0, [0.0, 1.0], memory_budget=budget, **options)
+        t = torch.linspace(0, 1, n_outputs, dtype=torch.float64)
+        solution = solve(field, y0, t, memory_budget=budget, **options)
         assert solution.n_steps.tolist() == [n_steps] * n_rows
         lengths = bytes_of_lengths(solution.y.grad_fn.run.record)
         loss = solution.y.square().sum()
         del solution
-        assert 0 < live.now - lengths <= budget
+        # The outputs, the loss's part of the graph, the parameters' gradients, and the table of steps where outputs are
+        # looked up are no part of the record.
+        apart = 8 * y0.nbytes * n_outputs + 4 * n_parameters(field) * y0.element_size()
+        apart += 5 * 8 * n_rows * n_steps if n_outputs > 2 or step_control == "row" else 0
+        assert 0 < live.now - lengths <= budget + apart
         loss.backward()
     # For a moment stages and the states that take their place are held both.
-    assert live.peak - lengths <= 1.1 * budget
+    assert live.peak - lengths <= 1.25 * budget + apart
 
 
 @pytest.mark.parametrize("step_control", ["row", "batch"])
