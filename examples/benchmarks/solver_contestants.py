@@ -99,7 +99,10 @@ class TorchContestant:
 
 @dataclass
 class count_evaluations:  # noqa: N801
-    """Counts the rows that a field is evaluated at while it is entered, whichever of its faces is called."""
+    """Counts the rows that a field is evaluated at while it is entered, whichever of its faces is called.
+
+    skode's network is evaluated by a kernel that it makes for each solve: that is counted, too.
+    """
 
     field: nn.Module
     faces: tuple[str, ...] = ("forward", "linearize")
@@ -114,10 +117,40 @@ class count_evaluations:  # noqa: N801
             method = getattr(self.field, face, None)
             if method is not None:
                 object.__setattr__(self.field, face, self._counted(method))
+        kernel = getattr(self.field, "kernel", None)
+        if kernel is not None:
+            object.__setattr__(self.field, "kernel", self._counting_kernel(kernel))
 
     def __exit__(self, *error: object) -> None:
-        for face in self.faces:
+        for face in (*self.faces, "kernel"):
             self.field.__dict__.pop(face, None)
+
+    def _counting_kernel(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(of: Any, face: str, n: int) -> None:
+            method = getattr(of, face)
+
+            def counting(*args: Any, **options: Any) -> Any:
+                self.rows += n
+                return method(*args, **options)
+
+            setattr(of, face, counting)
+
+        def made(y0: Tensor, **options: Any) -> Any:
+            kernel = make(y0, **options)
+            way_back = kernel.way_back
+
+            def counting_way_back(n_stages: int) -> Any:
+                way = way_back(n_stages)
+                counted(way, "pull", len(y0))
+                return way
+
+            if "forward" in self.faces:
+                counted(kernel, "evaluate", len(y0))
+            if "pull" in self.faces:
+                kernel.way_back = counting_way_back
+            return kernel
+
+        return made
 
     def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def counted(t: Tensor, y: Tensor, *args: Any, **options: Any) -> Any:
