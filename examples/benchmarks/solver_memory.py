@@ -1,17 +1,19 @@
 """How much memory does a train step hold and need, by its number of steps and the way it is differentiated?
 
 A solve of an MLP field (16-32-16, 64 rows, float32) from t = 0 to 2 in 10 to 10,000 equal steps (tsit5 with
-``max_step`` where the solver has it, else rk4), by each gradient, control and byte budget. Told for every case:
+``max_step``), by each gradient, control and byte budget. Told for every case:
 
 - saved: bytes of all tensors made by the forward solve that are still alive when only the loss is kept: every storage
   that an operation returned is followed by a weak reference, whoever holds it (saved tensors, Python objects, caches);
+  memory that the solver keeps ready for the next solve (its pool, at most 128 MiB) is not among it;
+- steps: the part of it that tells when each row's steps were and whose: none where rows share their steps;
 - Python: bytes that Python and NumPy hold more than before the solve (``tracemalloc``, up to 1,000 steps), for one the
   record of steps as plain floats;
 - peak: the process's largest resident size through forward and backward beyond what imports and a small train step
-  needed.
+  needed, the pool included.
 
-Every measurement is a process of its own. ``adjoint`` is to stay flat within 5 % and ``discrete`` within its budget;
-the last lines tell both. A gradient that the solver does not know is named and skipped.
+Every measurement is a process of its own. Apart from the steps, ``adjoint`` and ``reversible`` are to stay flat within
+5 % and ``discrete`` within its budget; the last lines tell both.
 
     python examples/benchmarks/solver_memory.py [--steps 10 100 1000 10000] [--budgets 1048576 ...] [--peak-only]
 """
@@ -20,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import inspect
 import multiprocessing
 import os
 import resource
@@ -38,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from skode.fields import MLPField
-from skode.solver import solve
+from skode.solver import Solution, arena, solve
 
 SPAN = 2.0
 N_ROWS, N_DIMS, WIDTH = 64, 16, 32
@@ -80,21 +81,26 @@ class Follow(TorchDispatchMode):
 # --- in a process of its own ------------------------------------------------------------------------------------
 
 
-def loss_of(case: Case, n_steps: int, field: MLPField, y0: Tensor) -> tuple[Tensor, int]:
-    """A scalar through the solve, and the number of steps taken; nothing else is kept."""
+def loss_of(case: Case, n_steps: int, field: MLPField, y0: Tensor) -> tuple[Tensor, int, int]:
+    """A scalar through the solve, the number of steps taken, and bytes of when they were; nothing else is kept."""
     options: dict[str, Any] = {
         "max_num_steps": 10**6,
         "gradient": case["gradient"],
         "step_control": case["control"],
     }
-    if "max_step" in inspect.signature(solve).parameters:
-        options |= {"method": "tsit5", "max_step": SPAN / n_steps, "rtol": 1e-2, "atol": 1e-2}
-    else:
-        options |= {"method": "rk4", "step_size": SPAN / n_steps}
+    options |= {"method": "tsit5", "max_step": SPAN / n_steps, "rtol": 1e-2, "atol": 1e-2}
     if case["budget"] is not None:
         options["memory_budget"] = case["budget"]
     solution = solve(field, y0, [0.0, SPAN], **options)
-    return solution.y1.square().sum(), int(solution.n_steps.max())
+    return solution.y1.square().sum(), int(solution.n_steps.max()), bytes_of_times(solution)
+
+
+def bytes_of_times(solution: Solution) -> int:
+    """What the record holds to tell each row's steps."""
+    run = solution.y.grad_fn.run  # type: ignore[union-attr]
+    spans = [x for step in run.record.steps for x in (*step.span, step.h, step.accept)]
+    parts = [x for x in (*spans, *(x for span in run.knots._spans for x in span)) if isinstance(x, Tensor)]
+    return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in parts}.values())
 
 
 def peak() -> int:
@@ -106,24 +112,25 @@ def peak() -> int:
 def peak_bytes(case: Case, n_steps: int, field: MLPField, y0: Tensor) -> Case:
     """What forward and backward need beyond a small train step."""
     base = peak()
-    loss, taken = loss_of(case, n_steps, field, y0)
+    loss, taken, _ = loss_of(case, n_steps, field, y0)
     loss.backward()
     return {"peak": peak() - base, "steps": taken}
 
 
 def saved_bytes(case: Case, n_steps: int, field: MLPField, y0: Tensor) -> Case:
     """What the graph of the loss holds."""
+    arena.POOL_BYTES = 0
     with Follow():
         loss_of(case, 3, field, y0[:2])  # torch imports much when a dispatch mode is first used
     traced = n_steps <= MOST_TRACED_STEPS
     if traced:
         tracemalloc.start()
     with Follow() as follow:
-        loss, _ = loss_of(case, n_steps, field, y0)
+        loss, _, times = loss_of(case, n_steps, field, y0)
     gc.collect()
     saved = follow.close()
     assert loss.requires_grad
-    return {"saved": saved, "python": tracemalloc.get_traced_memory()[0] if traced else None}
+    return {"saved": saved, "times": times, "python": tracemalloc.get_traced_memory()[0] if traced else None}
 
 
 MEASURES = {"peak": peak_bytes, "saved": saved_bytes}
@@ -181,17 +188,19 @@ def row_of(case: Case, n_steps: int, peak_only: bool) -> Case:
     if not peak_only and "error" not in row:
         row |= measure("saved", case, n_steps)
     if "error" in row:
-        print(f"| {name_of(case)} | {n_steps} | skipped: {row['error']} | | | |", flush=True)
+        print(f"| {name_of(case)} | {n_steps} | skipped: {row['error']} | | | | |", flush=True)
         return row
-    cells = ["" if row.get(key) is None else f"{row[key] / 1024:,.0f}" for key in ("saved", "python", "peak")]
-    share = "" if "saved" not in row or case["budget"] is None else f"{row['saved'] / case['budget']:.2f}"
+    cells = ["" if row.get(key) is None else f"{row[key] / 1024:,.0f}" for key in ("saved", "times", "python", "peak")]
+    share = ""
+    if "saved" in row and case["budget"] is not None:
+        share = f"{(row['saved'] - row['times']) / case['budget']:.2f}"
     print(f"| {name_of(case)} | {row['steps']} | {' | '.join(cells)} | {share} |", flush=True)
     return row
 
 
 def verdict(case: Case, rows: list[Case]) -> list[str]:
     """What the rows of a case say."""
-    saved = [row["saved"] for row in rows if "saved" in row]
+    saved = [row["saved"] - row["times"] for row in rows if "saved" in row]
     if not saved:
         return []
     if case["budget"] is None:
@@ -207,8 +216,8 @@ def main() -> None:
     parser.add_argument("--peak-only", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("| gradient, control, budget | steps | saved KiB | Python KiB | peak KiB | saved / budget |")
-    print("|---" * 6 + "|")
+    print("| gradient, control, budget | n steps | saved KiB | steps KiB | Python KiB | peak KiB | saved / budget |")
+    print("|---" * 7 + "|")
     verdicts: list[str] = []
     for case in cases(options.budgets):
         rows: list[Case] = []

@@ -9,7 +9,7 @@ AUTO_METHODS = (
     (2e-2, "adaptive_midpoint", "bosh3"),
     (1e-3, "adaptive_midpoint", "tsit5"),
     (1e-5, "bosh3", "tsit5"),
-    (0.0, "tsit5", "tsit5"),
+    (0.0, "tsit5", "dopri8"),
 )
 
 
