@@ -15,6 +15,11 @@ from skode.fields import MLPField
 Field = Callable[[Tensor, Tensor], Tensor]
 
 
+def times(*values: float) -> Tensor:
+    """Times, or a state, as a float64 vector."""
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def column(*values: float) -> Tensor:
     """Float64 states of one component, one a row."""
     return torch.tensor(values, dtype=torch.float64).view(-1, 1)
@@ -23,6 +28,15 @@ def column(*values: float) -> Tensor:
 def rows(*values: tuple[float, ...]) -> Tensor:
     """Float64 states, one tuple a row."""
     return torch.tensor(values, dtype=torch.float64)
+
+
+def decay(t: Tensor, y: Tensor) -> Tensor:
+    return -y
+
+
+def tracking(t: Tensor, y: Tensor) -> Tensor:
+    """Stiff enough for rejections at loose tolerances."""
+    return -50 * (y - torch.cos(t))
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +104,7 @@ def reference(field: Field, y0: Tensor, t0: float, t: Tensor) -> Tensor:
 
 
 PROBLEMS = {
-    "decay": KnownProblem(lambda t, y: -y, column(1.0, -2.0, 0.5), 0.0, 2.0, _decay),
+    "decay": KnownProblem(decay, column(1.0, -2.0, 0.5), 0.0, 2.0, _decay),
     "oscillator": KnownProblem(_oscillator_field, rows((1.0, 0.0), (0.3, -2.0)), 0.5, 4.0, _oscillator),
     "logistic": KnownProblem(lambda t, y: y * (1 - y), column(0.1, 0.5, 1.7), -1.0, 3.0, _logistic),
     "seasonal": KnownProblem(_seasonal_field, column(0.2, 0.4, 1.5), 0.0, 1.0, _seasonal),

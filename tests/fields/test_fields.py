@@ -235,10 +235,6 @@ def test_a_layer_without_units_is_refused(sizes: dict[str, Any]) -> None:
 # --- fields made of fields ---
 
 
-def oscillator(t: Tensor, y: Tensor) -> Tensor:
-    return -y[:, :1] - 0.1 * t * y[:, 1:]
-
-
 @at_all_times
 @pytest.mark.parametrize("hide", [False, True])
 def test_derivatives_of_second_order_dynamics_are_autograds(kind: str, hide: bool) -> None:

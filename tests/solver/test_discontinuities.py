@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from skode.solver import METHODS, Status, solve
-from tests.problems import Field, Recorded, column, mlp_field, random_states, rows
+from tests.problems import Field, Recorded, column, mlp_field, random_states, rows, times
 
 NAN = math.nan
 ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive]
@@ -23,10 +23,6 @@ JUMP = 0.37
 on_all_methods = pytest.mark.parametrize("method", METHODS)
 with_both_controls = pytest.mark.parametrize("control", ["row", "batch"])
 with_both_gradients = pytest.mark.parametrize("gradient", ["discrete", "adjoint", "reversible"])
-
-
-def times(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 # Whether the field has its value before or after the jump at the time of the jump itself must not matter.

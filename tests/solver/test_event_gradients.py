@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from skode.solver import Event, Status, solve
-from tests.problems import Field, column, mlp_field, rows
+from tests.problems import Field, column, mlp_field, rows, times
 
 G = 9.81
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
@@ -21,10 +21,6 @@ STARTS = rows((1.0, 0.0), (2.0, 3.0), (0.5, -4.0))
 
 with_both_controls = pytest.mark.parametrize("control", ["row", "batch"])
 with_both_gradients = pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
-
-
-def times(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def fall(t: Tensor, y: Tensor) -> Tensor:

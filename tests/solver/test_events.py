@@ -11,7 +11,7 @@ from scipy.special import ellipk
 from torch import Tensor
 
 from skode.solver import METHODS, Event, Status, solve
-from tests.problems import column, mlp_field, random_states, rows
+from tests.problems import column, mlp_field, random_states, rows, times
 
 NAN = math.nan
 G = 9.81
@@ -19,10 +19,6 @@ TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 
 on_all_methods = pytest.mark.parametrize("method", METHODS)
 with_both_controls = pytest.mark.parametrize("control", ["row", "batch"])
-
-
-def times(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def clock(t: Tensor, y: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from skode import solver
 from skode.solver import METHODS, BatchControl, Solution, Status, solve
-from tests.problems import Plain, column, mlp_field, random_states, rows
+from tests.problems import Plain, column, mlp_field, random_states, rows, times
 
 NAN = math.nan
 ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive]
@@ -22,10 +22,6 @@ IMPLICIT = [name for name in ADAPTIVE if name not in EXPLICIT]
 on_all_methods = pytest.mark.parametrize("method", METHODS)
 on_adaptive_methods = pytest.mark.parametrize("method", ADAPTIVE)
 with_both_controls = pytest.mark.parametrize("control", ["row", "batch"])
-
-
-def times(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def decay(t: Tensor, y: Tensor) -> Tensor:

@@ -15,14 +15,10 @@ from torch import Tensor, nn
 
 from skode.exceptions import FieldError
 from skode.solver import Solution, solve
-from tests.problems import Field, column
+from tests.problems import Field, column, times
 
 with_both_controls = pytest.mark.parametrize("control", ["row", "batch"])
 with_both_gradients = pytest.mark.parametrize("gradient", ["discrete", "adjoint", "reversible"])
-
-
-def times(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 # --- arguments of the field ---

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from skode.exceptions import FieldError
 from skode.solver import METHODS, Status, solve
-from tests.problems import Recorded, column, random_states, rows
+from tests.problems import Recorded, column, random_states, rows, times
 
 NAN, INF = math.nan, math.inf
 ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive]
@@ -21,10 +21,6 @@ TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 on_all_methods = pytest.mark.parametrize("method", METHODS)
 with_both_controls = pytest.mark.parametrize("control", ["row", "batch"])
 with_both_gradients = pytest.mark.parametrize("gradient", ["discrete", "adjoint", "reversible"])
-
-
-def times(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 class With(nn.Module):

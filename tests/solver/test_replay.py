@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from skode.solver import METHODS, Solution, solve
-from tests.problems import Field, Plain, Recorded, column, mlp_field, random_states, rows
+from tests.problems import Plain, Recorded, column, mlp_field, random_states, rows, times
+from tests.solver.gradient_helpers import replayed_map
 
 NAN = math.nan
 ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive]
@@ -25,10 +26,6 @@ EXPLICIT = [name for name in ADAPTIVE if name not in IMPLICIT]
 
 on_all_methods = pytest.mark.parametrize("method", METHODS)
 with_both_controls = pytest.mark.parametrize("control", ["row", "batch"])
-
-
-def times(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def coarse(method: str) -> dict[str, Any]:
@@ -137,12 +134,6 @@ def test_steps_of_another_number_of_rows_are_refused() -> None:
 # --- first derivatives of the replayed map ---
 
 
-def replayed_map(field: Field, y0: Tensor, t: Tensor, **options: Any) -> Callable[..., Tensor]:
-    """(y0, t, *parameters) -> states, with the steps of a solve of y0 over t."""
-    steps = solve(field, y0.detach(), t.detach(), **options).steps
-    return lambda y0, t, *_: solve(field, y0, t, steps=steps, **options).y
-
-
 @on_all_methods
 @with_both_controls
 def test_the_replayed_map_passes_gradcheck(method: str, control: str) -> None:
@@ -157,17 +148,6 @@ def test_the_replayed_map_of_rows_with_their_own_times_passes_gradcheck(method: 
     kept = rows((0.0, 0.35, 1.0), (1.0, 0.5, -0.2), (0.3, 0.55, 1.4)).requires_grad_()
     states = replayed_map(field, y0, kept, **coarse(method))
     assert gradcheck(states, (y0, kept, *field.parameters()), atol=2e-6, rtol=1e-4, fast_mode=method not in SLOWLY)
-
-
-@with_both_controls
-@pytest.mark.parametrize("method", ["tsit5", "dopri5"])
-def test_the_adaptive_map_itself_passes_gradcheck_at_tight_tolerances(method: str, control: str) -> None:
-    field, y0, t = small_field(), random_states(6, 2).requires_grad_(), times(0.0, 0.4, 1.0).requires_grad_()
-
-    def states(y0: Tensor, t: Tensor, *_: Tensor) -> Tensor:
-        return solve(field, y0, t, method=method, step_control=control, rtol=1e-10, atol=1e-10).y
-
-    assert gradcheck(states, (y0, t, *field.parameters()), eps=1e-4, atol=1e-5, rtol=1e-4, fast_mode=True)
 
 
 @pytest.mark.parametrize("budget", [0, 1, 2000, 2**28])

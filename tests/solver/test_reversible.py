@@ -18,7 +18,8 @@ from skode.fields import MLPField
 from skode.solver import METHODS, BatchControl, Solution, Status, solve
 from skode.solver.reversible import ReversibleGradient
 from skode.solver.tableau import Tableau
-from tests.problems import PROBLEMS, Field, Plain, Recorded, column, mlp_field, random_states, rows
+from tests.problems import PROBLEMS, Field, Plain, Recorded, column, mlp_field, random_states, rows, times
+from tests.solver.gradient_helpers import loss_of
 
 COUPLING = 0.95
 OWN = ReversibleGradient(coupling=COUPLING)
@@ -27,16 +28,6 @@ EXPLICIT = [name for name, tableau in METHODS.items() if not tableau.implicit]
 
 with_both_controls = pytest.mark.parametrize("control", ["row", "batch"])
 with_both_kernels = pytest.mark.parametrize("wrap", [lambda field: field, Plain], ids=["own kernel", "tapes"])
-
-
-def times(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def loss_of(y: Tensor) -> Tensor:
-    """A smooth function of all states that exist, with another weight for each entry."""
-    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(17), dtype=torch.float64)
-    return (weights * y + 0.3 * y.square()).nansum()
 
 
 class Wiggle(nn.Module):

@@ -15,7 +15,8 @@ from skode.exceptions import ConvergenceWarning
 from skode.solver import METHODS, Event, odeint, solve
 from skode.solver.reversible import ReversibleGradient
 from skode.solver.second import Node
-from tests.problems import Plain, column, mlp_field, random_states, rows
+from tests.problems import Plain, column, mlp_field, random_states, rows, times
+from tests.solver.gradient_helpers import replayed_map
 
 OWN = ReversibleGradient(coupling=0.95)
 NAN = math.nan
@@ -23,10 +24,6 @@ EXPLICIT = [name for name, tableau in METHODS.items() if not tableau.implicit]
 
 with_both_controls = pytest.mark.parametrize("control", ["row", "batch"])
 with_both_kernels = pytest.mark.parametrize("wrap", [lambda field: field, Plain], ids=["own kernel", "tapes"])
-
-
-def times(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def coarse(method: str, gradient: Any = OWN) -> dict[str, Any]:
@@ -44,12 +41,6 @@ class Jump(nn.Module):
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         return torch.where(t < 0.4, 0.5, -1.0) * self.inner(t, y)
-
-
-def replayed_map(field: Any, y0: Tensor, t: Tensor, **options: Any) -> Callable[..., Tensor]:
-    """(y0, t, *parameters) -> states, with the steps of a solve of y0 over t."""
-    steps = solve(field, y0.detach(), t.detach(), **options).steps
-    return lambda y0, t, *_: solve(field, y0, t, steps=steps, **options).y
 
 
 # --- given steps ---
@@ -124,7 +115,7 @@ def test_steps_are_told_without_gradients_too() -> None:
 @with_both_kernels
 def test_the_replayed_map_passes_gradcheck(method: str, control: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
     field = wrap(mlp_field(1, hidden_layer_sizes=(2,)))
-    # The times' derivatives are those of the map in plain torch, below: given steps do not move with inner outputs.
+    # The times' derivatives are below: given steps do not move with inner outputs by themselves.
     y0, t = random_states(4, 2).requires_grad_(), times(0.0, 0.15, 0.8, 1.0)
     states = replayed_map(field, y0, t, step_control=control, **coarse(method))
     inputs = (y0, *field.parameters())
@@ -137,6 +128,25 @@ def test_the_first_and_the_last_time_of_the_replayed_map_pass_gradcheck(method: 
     field, y0, t = mlp_field(1, hidden_layer_sizes=(2,)), random_states(4, 2), times(0.0, 1.0).requires_grad_()
     states = replayed_map(field, y0, t, step_control=control, **coarse(method))
     assert gradcheck(lambda t: states(y0, t), (t,), atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", EXPLICIT)
+@with_both_controls
+def test_all_times_pass_gradcheck_where_the_steps_follow_the_outputs(method: str, control: str) -> None:
+    field, y0, t = mlp_field(1, hidden_layer_sizes=(2,)), random_states(4, 2), times(0.0, 0.35, 0.8, 1.0)
+    options = {"step_control": control, **coarse(method)}
+    steps, outputs = solve(field, y0, t, **options).steps.t, t[1:-1].tolist()
+
+    def states(y0: Tensor, t: Tensor, *_: Tensor) -> Tensor:
+        moved = steps
+        for old, new in zip(outputs, t[1:-1].detach(), strict=True):
+            assert bool((steps == old).any(dim=1).all())
+            moved = torch.where(steps == old, new, moved)
+        return solve(field, y0, t, steps=moved, **options).y
+
+    assert gradcheck(lambda t: states(y0, t), (t.clone().requires_grad_(),), atol=2e-6, rtol=1e-4)
+    inputs = (y0.requires_grad_(), t.requires_grad_(), *field.parameters())
+    assert gradcheck(states, inputs, atol=2e-6, rtol=1e-4, fast_mode=True)
 
 
 @pytest.mark.parametrize("method", ["tsit5", "bosh3", "rk4", "midpoint"])

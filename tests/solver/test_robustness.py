@@ -16,7 +16,7 @@ from torch import Tensor
 
 from skode import solver
 from skode.solver import METHODS, Solution, Status, solve
-from tests.problems import Field, Recorded, column, mlp_field, random_states
+from tests.problems import Field, Recorded, column, mlp_field, random_states, times
 
 NAN = math.nan
 ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive]
@@ -26,10 +26,6 @@ IMPLICIT = [name for name in ADAPTIVE if name not in EXPLICIT]
 on_all_methods = pytest.mark.parametrize("method", METHODS)
 with_both_controls = pytest.mark.parametrize("control", ["row", "batch"])
 with_both_gradients = pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
-
-
-def times(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 # --- the field is never called outside of the interval ---

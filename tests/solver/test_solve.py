@@ -1,4 +1,4 @@
-"""What `solve` promises about states, times, statistics, failures and wrong arguments."""
+"""What `solve` promises about states, times and statistics."""
 
 from __future__ import annotations
 
@@ -9,10 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from skode.exceptions import FieldError
 from skode.fields import MLPField
-from skode.solver import METHODS, BatchControl, Solution, Status, solve
-from tests.problems import PROBLEMS, Field, Plain, Recorded, column, mlp_field, random_states, rows
+from skode.solver import METHODS, BatchControl, solve
+from tests.problems import (
+    PROBLEMS,
+    Field,
+    Plain,
+    Recorded,
+    column,
+    decay,
+    mlp_field,
+    random_states,
+    rows,
+    times,
+    tracking,
+)
 
 ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive]
 FIXED = [name for name, tableau in METHODS.items() if not tableau.adaptive]
@@ -23,22 +34,9 @@ on_all_methods = pytest.mark.parametrize("method", METHODS)
 with_both_controls = pytest.mark.parametrize("control", CONTROLS)
 
 
-def decay(t: Tensor, y: Tensor) -> Tensor:
-    return -y
-
-
-def tracking(t: Tensor, y: Tensor) -> Tensor:
-    """Stiff enough for rejections at loose tolerances."""
-    return -50 * (y - torch.cos(t))
-
-
 def wobbly(t: Tensor, y: Tensor) -> Tensor:
     """Needs many steps in both directions."""
     return 10 * torch.cos(10 * t) - y
-
-
-def times(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def accuracy(method: str, level: int) -> dict[str, float]:
@@ -197,76 +195,6 @@ def test_the_initial_state_is_left_alone() -> None:
     assert torch.equal(y0, before)
 
 
-# --- dense output ---
-
-
-@on_all_methods
-@with_both_controls
-def test_dense_output_at_the_ends_is_the_solution_bit_for_bit(method: str, control: str) -> None:
-    y0 = random_states(6, 3)
-    solution = solve(mlp_field(), y0, [0.1, 0.9], method=method, step_control=control, dense_output=True)
-    ends = solution.evaluate(times(0.1, 0.9))
-    assert torch.equal(ends[:, 0], y0)
-    assert torch.equal(ends[:, 1], solution.y1)
-
-
-@on_all_methods
-@with_both_controls
-def test_dense_output_gives_what_output_times_give(method: str, control: str) -> None:
-    y0, t = random_states(7, 3), times(0.0, 0.21, 0.5, 0.77, 1.0)
-    asked = solve(mlp_field(), y0, t, method=method, step_control=control)
-    dense = solve(mlp_field(), y0, t[[0, -1]], method=method, step_control=control, dense_output=True)
-    torch.testing.assert_close(dense.evaluate(t), asked.y, rtol=1e-12, atol=1e-12)
-
-
-@on_all_methods
-def test_output_times_do_not_change_the_steps(method: str) -> None:
-    y0 = random_states(7, 3)
-    few = solve(mlp_field(), y0, [0.0, 1.0], method=method, dense_output=True)
-    many = solve(mlp_field(), y0, torch.linspace(0, 1, 101, dtype=torch.float64), method=method)
-    assert torch.equal(few.n_steps, many.n_steps) and torch.equal(few.n_evals, many.n_evals)
-    assert torch.equal(few.y1, many.y1)
-
-
-def test_dense_output_is_close_to_the_solution_between_the_steps() -> None:
-    problem = PROBLEMS["oscillator"]
-    for method in ADAPTIVE:
-        solution = solve(
-            problem.field,
-            problem.y0,
-            [problem.t0, problem.t1],
-            method=method,
-            rtol=1e-4,
-            atol=1e-4,
-            dense_output=True,
-        )
-        t = torch.linspace(problem.t0, problem.t1, 57, dtype=torch.float64)
-        assert float((solution.evaluate(t) - problem.solution(t)).abs().max()) < 0.1
-
-
-def test_dense_output_takes_times_of_each_row_in_any_order() -> None:
-    y0 = column(1.0, 2.0)
-    solution = solve(decay, y0, rows((0.0, 1.0), (3.0, 1.0)), rtol=1e-9, atol=1e-9, dense_output=True)
-    asked = rows((0.7, 0.1, NAN, 0.7), (1.5, 3.0, 2.0, NAN))
-    states = solution.evaluate(asked)[..., 0]
-    exact = torch.stack([torch.exp(-asked[0]), 2 * torch.exp(3 - asked[1])])
-    torch.testing.assert_close(states, exact, rtol=1e-6, atol=0, equal_nan=True)
-
-
-def test_dense_output_outside_of_the_interval_is_refused() -> None:
-    solution = solve(decay, column(1.0, 2.0), rows((0.0, 1.0), (3.0, 2.0)), dense_output=True)
-    with pytest.raises(ValueError, match=r"time 1\.5 \(row 0\) lies outside of the solved interval \[0, 1\]"):
-        solution.evaluate(times(1.5))
-    with pytest.raises(ValueError, match=r"time 1\.9 \(row 1\) lies outside of the solved interval \[2, 3\]"):
-        solution.evaluate(column(0.5, 1.9))
-
-
-def test_dense_output_must_be_asked_for() -> None:
-    solution = solve(decay, column(1.0), [0.0, 0.5, 1.0])
-    with pytest.raises(ValueError, match="dense_output=True"):
-        solution.evaluate(times(0.5))
-
-
 # --- where the field is called ---
 
 
@@ -397,166 +325,6 @@ def test_the_next_step_is_a_good_first_step(control: str) -> None:
     assert int(again.n_rejected.max()) <= 3
 
 
-# --- failures ---
-
-
-def late_nan(t: Tensor, y: Tensor) -> Tensor:
-    return torch.where(t > 0.5, torch.nan, -y)
-
-
-def blow_up(t: Tensor, y: Tensor) -> Tensor:
-    return y * y
-
-
-def restless(t: Tensor, y: Tensor) -> Tensor:
-    return torch.cos(400 * t) + 0 * y
-
-
-# field, state at t = 0, status, and before which time the row must stop
-FAILURES: dict[str, tuple[Field, float, set[Status], float]] = {
-    "nan field": (late_nan, 1.0, {Status.NON_FINITE}, 0.75),
-    "blow-up": (blow_up, 2.0, {Status.STEP_UNDERFLOW, Status.NON_FINITE, Status.NO_CONVERGENCE}, 0.75),
-    "too many steps": (restless, 1.0, {Status.MAX_STEPS}, 0.95),
-}
-
-
-def failing_solution(failure: str, method: str, control: str, t: list[float]) -> Solution:
-    field, start, _, _ = FAILURES[failure]
-    limit = (8 if METHODS[method].order == 8 else 3) if failure == "too many steps" else 10_000
-    options = {"rtol": 0.01, "atol": 1e-3} if METHODS[method].adaptive else {"step_size": 0.0625}
-    return solve(field, column(start), t, method=method, step_control=control, max_num_steps=limit, **options)
-
-
-@pytest.mark.parametrize("failure", FAILURES)
-@pytest.mark.parametrize("method", ADAPTIVE)
-@with_both_controls
-def test_a_failed_solve_tells_what_happened_and_keeps_what_it_reached(failure: str, method: str, control: str) -> None:
-    _, start, statuses, stops_before = FAILURES[failure]
-    solution = failing_solution(failure, method, control, [0.0, 1e-3, 1.0])
-    status = Status(int(solution.status))
-    assert status in statuses
-    assert not solution.success
-    assert 1e-3 < float(solution.t_reached) <= stops_before
-    assert solution.y[0, 0] == start
-    assert torch.isfinite(solution.y[0, 1]).all()
-    assert torch.isnan(solution.y[0, 2]).all() and torch.isnan(solution.y1).all()
-    text = solution.failures()[0]
-    assert text.startswith(f"row 0 stopped at t={float(solution.t_reached):.6g} after")
-    assert text.endswith(status.message)
-
-
-@pytest.mark.parametrize("method", FIXED)
-@with_both_controls
-def test_fixed_steps_into_nan_fail(method: str, control: str) -> None:
-    solution = failing_solution("nan field", method, control, [0.0, 0.25, 1.0])
-    assert solution.status.tolist() == [Status.NON_FINITE]
-    assert torch.isfinite(solution.y[0, 1]).all()
-    assert torch.isnan(solution.y1).all()
-
-
-@pytest.mark.parametrize("method", FIXED)
-@with_both_controls
-def test_fixed_steps_into_infinity_fail_with_nan_at_the_end(method: str, control: str) -> None:
-    solution = solve(lambda t, y: y**8, column(3.0), [0.0, 0.1, 1.0], method=method, step_control=control)
-    assert solution.status.tolist() == [Status.NON_FINITE]
-    assert torch.isnan(solution.y1).all()
-
-
-@pytest.mark.parametrize("method", METHODS)
-@with_both_controls
-def test_steps_are_never_more_than_allowed(method: str, control: str) -> None:
-    length = {"first_step": 1.0} if METHODS[method].adaptive else {"step_size": 0.01}
-    for limit in (1, 2, 5):
-        solution = solve(
-            tracking, column(2.0), [0.0, 1.0], method=method, step_control=control, max_num_steps=limit, **length
-        )
-        assert solution.status.tolist() == [Status.MAX_STEPS]
-        assert int(solution.n_steps + solution.n_rejected) == limit
-
-
-@pytest.mark.parametrize("t", [[0.0, 1.0], [0.0, 0.5, 1.0], [0.0, 0.0, 0.5, 1.0]])
-@on_all_methods
-@with_both_controls
-def test_a_field_that_is_nan_from_the_start_gives_nan_after_the_start(
-    t: list[float], method: str, control: str
-) -> None:
-    solution = solve(lambda t, y: y * NAN, column(1.0), t, method=method, step_control=control)
-    assert solution.status.tolist() == [Status.NON_FINITE]
-    assert solution.y[0, 0] == 1.0
-    assert torch.isnan(solution.y[0, -2:] if len(t) > 2 else solution.y[0, -1:]).all()
-
-
-def test_dense_output_of_a_failed_row_is_nan_where_it_did_not_arrive() -> None:
-    solution = solve(late_nan, column(1.0), [0.0, 1.0], dense_output=True)
-    states = solution.evaluate(times(0.0, 0.25, 0.75, 1.0))[0, :, 0]
-    torch.testing.assert_close(states, times(1.0, math.exp(-0.25), NAN, NAN), rtol=1e-3, atol=0, equal_nan=True)
-
-
-def test_successful_solves_have_no_failures() -> None:
-    assert solve(decay, column(1.0), [0.0, 1.0]).failures() == {}
-
-
-@pytest.mark.parametrize("status", Status)
-def test_every_status_says_what_to_change(status: Status) -> None:
-    assert len(status.message) > 10
-    if status.failed:
-        assert ";" in status.message
-
-
-def per_row(bad: Callable[[Tensor, Tensor], Tensor]) -> Field:
-    """Rows whose last component is 1 follow ``bad``, the others an MLP; the last component stays."""
-    good = mlp_field(3)
-
-    def field(t: Tensor, y: Tensor) -> Tensor:
-        value = torch.where(y[:, 2:] == 1, bad(t, y[:, :2]), good(t, y[:, :2]))
-        return torch.cat([value, torch.zeros_like(y[:, 2:])], dim=1)
-
-    return field
-
-
-BAD_ROWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "nan": lambda t, y: torch.full_like(y, NAN),
-    "late nan": lambda t, y: torch.where(t > 0.4, NAN, y),
-    "infinite": lambda t, y: torch.full_like(y, math.inf),
-    "blow-up": lambda t, y: 3 * y * y,
-    "stiff": lambda t, y: -300 * (y - torch.cos(t)),
-}
-
-
-@pytest.mark.parametrize("bad", BAD_ROWS)
-@on_all_methods
-def test_a_bad_row_leaves_its_neighbours_alone(bad: str, method: str) -> None:
-    field, t = per_row(BAD_ROWS[bad]), [0.0, 0.4, 1.0]
-    good = torch.cat([random_states(9, 4), torch.zeros(4, 1, dtype=torch.float64)], dim=1)
-    mixed = torch.cat([good[:2], rows((1.0, 2.0, 1.0)), good[2:]])
-    alone = solve(field, good, t, method=method, max_num_steps=300)
-    beside = solve(field, mixed, t, method=method, max_num_steps=300)
-    others = [0, 1, 3, 4]
-    torch.testing.assert_close(beside.y[others], alone.y, rtol=1e-12, atol=1e-12)
-    for name in ("status", "n_evals", "n_steps", "n_rejected"):
-        assert torch.equal(getattr(beside, name)[others], getattr(alone, name))
-    assert alone.success and beside.success == (int(beside.status[2]) == 0)
-
-
-@pytest.mark.parametrize("value", [NAN, math.inf])
-@on_all_methods
-def test_a_row_that_starts_bad_leaves_its_neighbours_alone(value: float, method: str) -> None:
-    field, good = mlp_field(), random_states(9, 4)
-    mixed = torch.cat([good[:2], rows((value, 1.0)), good[2:]])
-    alone, beside = (solve(field, y0, [0.0, 0.4, 1.0], method=method) for y0 in (good, mixed))
-    torch.testing.assert_close(beside.y[[0, 1, 3, 4]], alone.y, rtol=1e-12, atol=1e-12)
-    if math.isnan(value):
-        assert beside.status.tolist() == [0, 0, Status.NON_FINITE, 0, 0]
-
-
-@on_all_methods
-def test_the_order_of_rows_does_not_matter(method: str) -> None:
-    field, y0 = mlp_field(hidden_layer_sizes=(16, 16)), 2 * random_states(10, 9)
-    order = torch.randperm(9, generator=torch.Generator().manual_seed(11))
-    straight, mixed = (solve(field, rows_, [0.0, 0.4, 1.0], method=method) for rows_ in (y0, y0[order]))
-    torch.testing.assert_close(mixed.y, straight.y[order], rtol=1e-12, atol=1e-12)
-
-
 # --- one step for the batch ---
 
 
@@ -590,70 +358,6 @@ def test_rows_without_weight_do_not_choose_the_step(method: str) -> None:
 def test_weights_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"weights must have shape \(2,\); got \(3,\)"):
         solve(decay, column(1.0, 2.0), [0.0, 1.0], step_control=BatchControl(weights=torch.ones(3)))
-
-
-# --- arguments ---
-
-
-WRONG_ARGUMENTS: dict[str, tuple[dict[str, object], str]] = {
-    "method": ({"method": "dopri9"}, "method='dopri9' is unknown"),
-    "gradient": ({"gradient": "backprop"}, "gradient='backprop' is unknown; use one of 'discrete', 'adjoint'"),
-    "control": ({"step_control": "column"}, "step_control='column' is unknown"),
-    "negative rtol": ({"rtol": -1e-3}, "rtol=-0.001 must be finite and not negative"),
-    "nan atol": ({"atol": NAN}, "atol=nan must be finite"),
-    "no tolerance": ({"rtol": 0, "atol": 0}, "rtol and atol are both 0"),
-    "step size of an adaptive method": ({"step_size": 0.1}, "goes with fixed-step methods; 'tsit5' adapts"),
-    "zero step size": ({"method": "rk4", "step_size": 0.0}, "step_size=0.0 must be positive"),
-    "negative step size": ({"method": "rk4", "step_size": -0.1}, "step_size=-0.1 must be positive"),
-    "first step": ({"first_step": 0}, "first_step=0 must be positive"),
-    "negative first step": ({"first_step": -1.0}, "first_step=-1.0 must be finite and not negative"),
-    "no steps": ({"max_num_steps": 0}, "max_num_steps=0 must be positive"),
-    "error of the adjoint": ({"error_estimate": True, "gradient": "adjoint"}, "needs gradient='discrete'"),
-    "error of fixed steps": ({"error_estimate": True, "method": "rk4"}, "and an adaptive method"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG_ARGUMENTS)
-def test_a_wrong_argument_is_refused_with_its_name(case: str) -> None:
-    options, message = WRONG_ARGUMENTS[case]
-    with pytest.raises(ValueError, match=message):
-        solve(decay, column(1.0, 2.0), [0.0, 1.0], **options)  # type: ignore[arg-type]
-
-
-WRONG_TIMES: dict[str, tuple[object, str]] = {
-    "not monotone": ([0.0, 2.0, 1.0], "must be ascending or descending"),
-    "not monotone in a row": (rows((0.0, 1.0, 2.0), (0.0, 2.0, 1.0)), r"row 1 has \[0\.0, 2\.0, 1\.0\]"),
-    "shared nan": ([0.0, NAN], "must be finite where it is shared"),
-    "shared infinity": ([0.0, math.inf], "must be finite"),
-    "infinity": (rows((0.0, 1.0), (0.0, math.inf)), "infinite time"),
-    "nan first": (rows((0.0, 1.0), (NAN, 1.0)), "NaN in t may only pad the end"),
-    "nan between": (rows((0.0, 1.0, 2.0), (0.0, NAN, 1.0)), "NaN in t may only pad the end"),
-    "other number of rows": (rows((0.0, 1.0)), r"t must have shape \(m,\) or \(2, m\) for y0 of shape \(2, 1\)"),
-    "no times": ([], "t must have shape"),
-    "a number": (torch.tensor(1.0), "t must have shape"),
-    "three axes": (torch.zeros(2, 1, 1), "t must have shape"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG_TIMES)
-def test_wrong_times_are_refused(case: str) -> None:
-    t, message = WRONG_TIMES[case]
-    with pytest.raises(ValueError, match=message):
-        solve(decay, column(1.0, 2.0), t)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("y0", "message"),
-    [
-        ([[1.0]], "y0 must be a tensor"),
-        (torch.ones(3), r"y0 must have shape \(n, d\); got \(3,\)"),
-        (torch.ones(3, 1, dtype=torch.int64), "y0 must be float32 or float64; got torch.int64"),
-        (torch.ones(3, 1, dtype=torch.float16), "y0 must be float32 or float64"),
-    ],
-)
-def test_a_wrong_state_is_refused(y0: object, message: str) -> None:
-    with pytest.raises(FieldError, match=message):
-        solve(decay, y0, [0.0, 1.0])  # type: ignore[arg-type]
 
 
 # --- no graph where none is needed ---

@@ -11,16 +11,12 @@ from torch import Tensor, nn
 
 from skode.exceptions import FieldError
 from skode.solver import BatchControl, Event, Status, solve
-from tests.problems import Plain, Recorded, column, mlp_field, random_states, rows
+from tests.problems import Plain, Recorded, column, mlp_field, random_states, rows, times
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 
 with_both_controls = pytest.mark.parametrize("control", ["row", "batch"])
 with_both_gradients = pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
-
-
-def times(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def clock(t: Tensor, y: Tensor) -> Tensor:
