@@ -61,8 +61,8 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         found to cost no accuracy; 0 switches it off. Adaptive methods and ``gradient="discrete"`` only.
     method : str, default="auto"
         Solver, see :func:`skode.solver.solve`. "auto" goes by ``rtol``: predictions take "tsit5", from 2e-2 on the
-        cheaper "bosh3", below 1e-5 "dopri8"; training takes "adaptive_midpoint" from 1e-3 on, "bosh3" from 1e-5 on, else "tsit5". Acts on
-        predictions after the fit without a refit, like the next four.
+        cheaper "bosh3", below 1e-5 "dopri8"; training takes "adaptive_midpoint" from 1e-3 on, "bosh3" from 1e-5 on,
+        else "tsit5". Acts on predictions after the fit without a refit, like the next four.
     rtol, atol : float, default=1e-2, 1e-3
         Tolerances of a step.
     step_size : float, optional
