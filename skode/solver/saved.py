@@ -37,7 +37,10 @@ def _nodes(outputs: tuple[Tensor, ...]) -> Iterator[Any]:
 
 def _saved(node: Any) -> Iterator[Tensor]:
     for name in _names(type(node)):  # type: ignore[arg-type]
-        value = getattr(node, name)
+        try:
+            value = getattr(node, name)
+        except RuntimeError:  # hooks of the callers' own that do not unpack now
+            continue
         for x in value if isinstance(value, tuple | list) else (value,):
             if isinstance(x, Tensor):
                 yield x

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from skode.fields import MLPField
 from skode.solver import arena, solve
@@ -177,3 +178,37 @@ def test_a_budget_too_small_for_any_record_is_exceeded_as_little_as_can_be(
         peaks.append(live.peak - lengths)
         del solution
     assert max(peaks[:2]) < 450 * 1024 < 5 * 2**20 < peaks[2]
+
+
+class Checkpointed(nn.Module):
+    """Keeps its input alone, and computes the rest again when it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Wide().double()
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return checkpoint(self.inner, t, y, use_reentrant=False)
+
+
+class Conservative(nn.Module):
+    """The slope of a potential, by a transform inside of the field."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return -torch.func.grad(lambda y: (self.rate * y.square()).sin().sum())(y)
+
+
+@pytest.mark.parametrize("make", [Checkpointed, Conservative])
+def test_graphs_of_any_kind_are_measured_and_differentiated(make: Callable[[], nn.Module]) -> None:
+    field, found = make(), []
+    for budget in (2**28, 0):
+        y0 = torch.linspace(-1, 1, 8, dtype=torch.float64).view(4, 2).requires_grad_()
+        solution = solve(field, y0, [0.0, 1.0], memory_budget=budget, rtol=1e-6, atol=1e-6)
+        found.append(torch.autograd.grad(solution.y1.square().sum(), [y0, *field.parameters()]))
+    for kept, computed_again in zip(*found, strict=True):
+        assert float(kept.abs().max()) > 0
+        torch.testing.assert_close(kept, computed_again, rtol=1e-12, atol=1e-14)
