@@ -36,6 +36,10 @@ class Activation:
         ``into(x, out)``, the same as ``forward`` into memory that is there.
     backward_ : callable
         ``backward_(a, saved)``, the same as ``backward`` in the cotangent's place.
+    slope : callable
+        ``slope(saved)``, the derivative; autograd can differentiate it.
+    curve : callable, optional
+        ``curve(saved, slope)``, the second derivative; None where it is zero.
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -43,6 +47,12 @@ class Activation:
     saves_output: bool
     into: Into
     backward_: Callable[[Tensor, Tensor], object]
+    slope: Callable[[Tensor], Tensor]
+    curve: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __reduce__(self) -> tuple[Callable[[str], Activation], tuple[str]]:
+        """By its name, since torch's own functions cannot be pickled."""
+        return get_activation, (next(name for name, one in ACTIVATIONS.items() if one is self),)
 
 
 def _relu_into(x: Tensor, *, out: Tensor) -> None:
@@ -62,6 +72,25 @@ def _copy_into(x: Tensor, *, out: Tensor) -> None:
         out.copy_(x)
 
 
+def _silu_slope(x: Tensor) -> Tensor:
+    p = torch.sigmoid(x)
+    return p * (1 + x * (1 - p))
+
+
+def _silu_curve(x: Tensor, _: Tensor) -> Tensor:
+    p = torch.sigmoid(x)
+    return p * (1 - p) * (2 + x * (1 - 2 * p))
+
+
+def _softplus_slope(x: Tensor) -> Tensor:
+    # torch's is the identity beyond 20.
+    return torch.where(x > 20, 1.0, torch.sigmoid(x))
+
+
+def _softplus_curve(_: Tensor, slope: Tensor) -> Tensor:
+    return slope * (1 - slope)
+
+
 _tanh_backward = _ops.tanh_backward.grad_input
 _logistic_backward = _ops.sigmoid_backward.grad_input
 _relu_backward = _ops.threshold_backward.grad_input
@@ -69,9 +98,15 @@ _silu_backward = _ops.silu_backward.grad_input
 _softplus_backward = _ops.softplus_backward.grad_input
 
 ACTIVATIONS: dict[str, Activation] = {
-    "identity": Activation(lambda x: x, lambda a, _: a, True, _copy_into, lambda a, _: a),
+    "identity": Activation(lambda x: x, lambda a, _: a, True, _copy_into, lambda a, _: a, torch.ones_like),
     "tanh": Activation(
-        torch.tanh, _ops.tanh_backward, True, torch.tanh, lambda a, y: _tanh_backward(a, y, grad_input=a)
+        torch.tanh,
+        _ops.tanh_backward,
+        True,
+        torch.tanh,
+        lambda a, y: _tanh_backward(a, y, grad_input=a),
+        lambda y: 1 - y * y,
+        lambda y, slope: -2 * y * slope,
     ),
     "logistic": Activation(
         torch.sigmoid,
@@ -79,6 +114,8 @@ ACTIVATIONS: dict[str, Activation] = {
         True,
         torch.sigmoid,
         lambda a, y: _logistic_backward(a, y, grad_input=a),
+        lambda y: y * (1 - y),
+        lambda y, slope: slope * (1 - 2 * y),
     ),
     "relu": Activation(
         torch.relu,
@@ -86,6 +123,7 @@ ACTIVATIONS: dict[str, Activation] = {
         True,
         _relu_into,
         lambda a, y: _relu_backward(a, y, 0, grad_input=a),
+        lambda y: (y > 0).to(y.dtype),
     ),
     "silu": Activation(
         torch.nn.functional.silu,
@@ -93,6 +131,8 @@ ACTIVATIONS: dict[str, Activation] = {
         False,
         _silu_into,
         lambda a, x: _silu_backward(a, x, grad_input=a),
+        _silu_slope,
+        _silu_curve,
     ),
     "softplus": Activation(
         torch.nn.functional.softplus,
@@ -100,6 +140,8 @@ ACTIVATIONS: dict[str, Activation] = {
         False,
         _softplus_into,
         lambda a, x: _softplus_backward(a, x, 1, 20, grad_input=a),
+        _softplus_slope,
+        _softplus_curve,
     ),
 }
 

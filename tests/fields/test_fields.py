@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -14,6 +15,7 @@ from skode.exceptions import FieldError
 from skode.fields import ACTIVATIONS, ConvField, EnergyDynamics, MemberDynamics, MLPField, SecondOrderDynamics
 from skode.solver import Dynamics, solve
 from skode.solver.dynamics import AutogradDynamics, as_dynamics
+from tests.derivatives import KINDS_OF_TIMES, assert_derivatives_are_autograds, times_for
 from tests.problems import Plain, column, mlp_field, random_states, rows
 
 TORCH_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -27,15 +29,7 @@ TORCH_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 on_all_activations = pytest.mark.parametrize("activation", ACTIVATIONS)
 timed_or_not = pytest.mark.parametrize("time_dependent", [True, False])
-# One time of each row, one for all rows, and one for all rows that costs nothing.
-at_all_times = pytest.mark.parametrize("kind", ["own", "equal", "expanded"])
-
-
-def times_for(kind: str, n: int) -> Tensor:
-    if kind == "own":
-        return torch.linspace(-1, 2, n, dtype=torch.float64).view(-1, 1)
-    shared = torch.full((1, 1), 0.7, dtype=torch.float64).expand(n, 1)
-    return shared if kind == "expanded" else shared.clone()
+at_all_times = pytest.mark.parametrize("kind", KINDS_OF_TIMES)
 
 
 def sequential(field: MLPField, activation: str, t: Tensor, y: Tensor) -> Tensor:
@@ -52,41 +46,6 @@ def sequential(field: MLPField, activation: str, t: Tensor, y: Tensor) -> Tensor
     return x
 
 
-def assert_derivatives_are_autograds(dynamics: Dynamics, t: Tensor, y: Tensor) -> None:
-    """`linearize`, `pull` and `accumulate` against autograd through `__call__`, for two evaluations with weights."""
-    generator = torch.Generator().manual_seed(5)
-    parameters = dynamics.trainable()
-    shares: list[Tensor | float] = [torch.rand(len(y), 1, generator=generator, dtype=y.dtype), -0.7]
-    tapes, expected = [], [torch.zeros_like(p) for p in parameters]
-    plain = [torch.zeros_like(p) for p in parameters]
-    for share in shares:
-        moving_t, moving_y = t.clone().requires_grad_(), y.clone().requires_grad_()
-        value = dynamics(moving_t, moving_y)
-        a = torch.randn(value.shape, generator=generator, dtype=y.dtype)
-        inputs = [moving_y, moving_t, *parameters]
-        by_autograd, weighted = (
-            torch.autograd.grad(value, inputs, cotangent, retain_graph=True, materialize_grads=True, allow_unused=True)
-            for cotangent in (a, a * share)
-        )
-        with torch.no_grad():
-            seen, tape = dynamics.linearize(t, y)
-            dy, dt = dynamics.pull(tape, a, time=True)
-            assert dynamics.pull(tape, a)[1] is None
-        assert tape.nbytes >= 0 and dt is not None
-        for found, wanted in ((seen, value.detach()), (dy, by_autograd[0]), (dt, by_autograd[1])):
-            torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
-        expected = [total + g for total, g in zip(expected, weighted[2:], strict=True)]
-        plain = [total + g for total, g in zip(plain, by_autograd[2:], strict=True)]
-        tapes.append(tape)
-        t, y = t + 0.3, y + 0.1
-    with torch.no_grad():
-        sums = dynamics.accumulate(tapes, shares), dynamics.accumulate(tapes)
-    for found, wanted in zip(sums, (expected, plain), strict=True):
-        assert len(found) == len(parameters)
-        for own, other in zip(found, wanted, strict=True):
-            torch.testing.assert_close(own, other, rtol=1e-11, atol=1e-12)
-
-
 # --- activations ---
 
 
@@ -94,6 +53,21 @@ def assert_derivatives_are_autograds(dynamics: Dynamics, t: Tensor, y: Tensor) -
 def test_activations_have_the_values_of_torchs(activation: str) -> None:
     x = torch.linspace(-30, 30, 101, dtype=torch.float64)
     torch.testing.assert_close(ACTIVATIONS[activation].forward(x), TORCH_ACTIVATIONS[activation]()(x))
+
+
+@on_all_activations
+def test_slopes_and_curves_of_activations_are_autograds(activation: str) -> None:
+    chosen = ACTIVATIONS[activation]
+    x = torch.tensor([-25.0, -3.0, -0.4, 0.3, 1.0, 4.0, 19.0, 25.0], dtype=torch.float64, requires_grad=True)
+    value = TORCH_ACTIVATIONS[activation]()(x)
+    (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    saved = chosen.forward(x) if chosen.saves_output else x
+    torch.testing.assert_close(chosen.slope(saved), slope, rtol=1e-13, atol=1e-15)
+    curve = torch.zeros_like(x)
+    if slope.requires_grad:
+        (curve,) = torch.autograd.grad(slope.sum(), x, materialize_grads=True, allow_unused=True)
+    found = torch.zeros_like(x) if chosen.curve is None else chosen.curve(saved, chosen.slope(saved))
+    torch.testing.assert_close(found, curve, rtol=1e-9, atol=1e-12)
 
 
 @on_all_activations
@@ -113,6 +87,12 @@ def test_derivatives_of_activations_pass_gradcheck(activation: str) -> None:
 
     x = torch.tensor([-25.0, -3.0, -0.4, 0.3, 1.0, 4.0, 25.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(Applied.apply, (x,))
+
+
+@on_all_activations
+def test_networks_can_be_pickled(activation: str) -> None:
+    field, t, y = mlp_field(1, activation=activation), times_for("own", 3), random_states(2, 3)
+    assert torch.equal(pickle.loads(pickle.dumps(field))(t, y), field(t, y))
 
 
 @pytest.mark.parametrize("activation", ["elu", None, ["tanh"]])
