@@ -33,16 +33,16 @@ def jacobian(dynamics: Dynamics, t: Tensor, y: Tensor) -> Tensor:
     own = getattr(dynamics, "jacobian", None)
     if own is not None:
         return own(t, y)  # type: ignore[no-any-return]
-    _, tape = dynamics.linearize(t, y)
-    return pulled_jacobian(dynamics, tape, y)
+    f, tape = dynamics.linearize(t, y)
+    return pulled_jacobian(dynamics, tape, y, f.shape[1])
 
 
-def pulled_jacobian(dynamics: Dynamics, tape: Any, y: Tensor) -> Tensor:
-    """df/dy where a tape was recorded, row by row of the matrices."""
+def pulled_jacobian(dynamics: Dynamics, tape: Any, y: Tensor, n_outputs: int) -> Tensor:
+    """df/dy where a tape was recorded, row by row of the matrices; integrands behind the slopes do not count."""
     n, d = y.shape
     J = y.new_empty((n, d, d))
     for k in range(d):
-        unit = torch.zeros_like(y)
+        unit = y.new_zeros((n, n_outputs))
         unit[:, k] = 1
         J[:, k] = dynamics.pull(tape, unit)[0]
     return J
@@ -238,7 +238,7 @@ class ImplicitWayBack(TapeWayBack):
     def pull(self, block: TapeBlock, first: int, i: int, out: Tensor, time: bool) -> Tensor | None:
         if i:
             a = self.room.a[i]
-            J = pulled_jacobian(self._dynamics, block.tapes[first + i], a)
+            J = pulled_jacobian(self._dynamics, block.tapes[first + i], a, a.shape[1])
             M = newton_matrix(J, self._h_gamma)
             delta, _ = torch.linalg.solve_ex(M.mT, a.unsqueeze(-1))
             a.copy_(delta.squeeze(-1))

@@ -182,3 +182,19 @@ def test_a_given_step_without_a_solution_is_told(method: str, control: str) -> N
     assert solution.status.tolist() == [Status.NO_CONVERGENCE]
     assert float(solution.t_reached) == 0
     assert torch.isnan(solution.y1).all()
+
+
+@on_implicit_methods
+def test_integrals_have_the_same_gradients_by_the_adjoint(method: str) -> None:
+    def field(t: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([-2 * (y - torch.cos(t)), y.square().sum(dim=1, keepdim=True)], dim=1)
+
+    found = []
+    for gradient in ("discrete", "adjoint"):
+        y0 = rows((1.0, 0.5), (2.0, 1.0)).requires_grad_()
+        solution = solve(
+            field, y0, [0.0, 1.0], method=method, gradient=gradient, n_quadratures=1, rtol=1e-7, atol=1e-7
+        )
+        assert solution.quadratures is not None
+        found += gradients_of(solution.quadratures[:, -1].sum() + solution.y1.sum(), [y0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
