@@ -192,9 +192,7 @@ def test_integrals_have_the_same_gradients_by_the_adjoint(method: str) -> None:
     found = []
     for gradient in ("discrete", "adjoint"):
         y0 = rows((1.0, 0.5), (2.0, 1.0)).requires_grad_()
-        solution = solve(
-            field, y0, [0.0, 1.0], method=method, gradient=gradient, n_quadratures=1, rtol=1e-7, atol=1e-7
-        )
+        solution = solve(field, y0, [0.0, 1.0], method=method, gradient=gradient, n_quadratures=1, rtol=1e-7, atol=1e-7)
         assert solution.quadratures is not None
         found += gradients_of(solution.quadratures[:, -1].sum() + solution.y1.sum(), [y0])
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
