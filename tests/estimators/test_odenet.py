@@ -337,7 +337,7 @@ def test_a_failed_fit_leaves_a_fitted_model_as_it_was(Net):
         ({"image_shape": (1, 3, 3)}, ValueError, "9 pixels"),
         ({"image_shape": (4,)}, ValueError, "channels, height, width"),
         ({"field": MLPField(4)}, TypeError, "instance"),
-        ({"field": lambda n_dims: "net"}, FieldError, "Module"),
+        pytest.param({"field": lambda n_dims: "net"}, FieldError, "Module", id="field that makes no module"),
         ({"order": 3}, ValueError, "order"),
         ({"input_encoding": "piecewise", "augment_dim": 2}, ValueError, "input_encoding"),
         ({"n_members": 0}, ValueError, "n_members"),
