@@ -1,6 +1,7 @@
 """The scikit-learn face: validate, call down, wrap up."""
 
 from skode.estimators.classifier import ODENetClassifier
+from skode.estimators.density import ContinuousFlowDensity
 from skode.estimators.regressor import ODENetRegressor
 
-__all__ = ["ODENetClassifier", "ODENetRegressor"]
+__all__ = ["ContinuousFlowDensity", "ODENetClassifier", "ODENetRegressor"]

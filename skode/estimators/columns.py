@@ -246,7 +246,8 @@ class Columns:
 
     def standardise(self, kept: Array) -> Array:
         """Kept columns in units of their scales, around 0."""
-        standardised: Array = (kept - self.mean) / self.scale
+        with np.errstate(over="ignore"):
+            standardised: Array = (kept - self.mean) / self.scale
         return standardised
 
     def restore(self, Z: NDArray[Any]) -> Array:
@@ -304,13 +305,14 @@ def _mean_and_scale(x: Array, weight: Array, lattice: Lattice | None) -> tuple[f
     share = weight / weight.sum()
     centre = float(np.quantile(x, 0.5, weights=share, method="inverted_cdf"))
     cut = OUTLIER_CUT * _robust_deviation(x, share, few=lattice is None and len(np.unique(x)) < 25)
-    near = np.clip(x - centre, -cut, cut)
+    unit = float(np.ldexp(1.0, int(np.frexp(cut)[1])))  # squares of tiny numbers would be 0; this rounds nothing
+    near = np.clip(x - centre, -cut, cut) / unit
     mean = float(share @ near)
     variance = float(share @ (near - mean) ** 2)
     if lattice is not None:
         widths = np.diff(lattice.edges) if lattice.levels is not None else np.array([lattice.spacing])
-        variance += float(np.median(widths)) ** 2 / 12
-    return centre + mean, float(np.sqrt(variance))
+        variance += (float(np.median(widths)) / unit) ** 2 / 12
+    return centre + mean * unit, float(np.sqrt(variance)) * unit
 
 
 _TAILS = ((0.25, 0.6745), (0.1, 1.2816), (0.05, 1.6449), (0.01, 2.3263))  # with their normal deviations

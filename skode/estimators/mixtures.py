@@ -34,6 +34,7 @@ FEW_ROWS = 200
 SEARCH_ROWS, FIT_ROWS = 3_000, 20_000  # at most; beyond, a subset that depends on the rows' content
 # Held-out densities are mixed with a little of a wide one, so that a single far row does not choose the model.
 BACKGROUND = 1e-6
+FEW, N_STANDARD_ERRORS_OF_FEW = 50, 3.0  # rows: a standard error from few of them is itself uncertain
 N_STANDARD_ERRORS = 2.0  # by which shrinkage must beat the plain Gaussian, and a mixture the single one chosen
 
 
@@ -160,7 +161,8 @@ def _unless_clearly_worse(scores: dict[Choice, Array], simple: Choice, rows: Row
     gain = scores[best] - scores[simple]
     mean = float(rows.w @ gain)
     error = float(rows.w @ (gain - mean) ** 2 / len(gain)) ** 0.5
-    return best if mean > N_STANDARD_ERRORS * error else simple
+    asked = N_STANDARD_ERRORS if len(gain) >= FEW else N_STANDARD_ERRORS_OF_FEW
+    return best if mean > asked * error else simple
 
 
 def _held_out(

@@ -170,11 +170,15 @@ class StudentT(Base):
         return columns.sum(-1)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        # The polar method: Bailey 1994, Mathematics of Computation 62, 779-781.
         u = 1 - torch.rand(n, self.n_dims, generator=generator, dtype=torch.float64)
-        angle = 2 * math.pi * torch.rand(n, self.n_dims, generator=generator, dtype=torch.float64)
+        return self.drawn(torch.cat([u, torch.rand(n, self.n_dims, generator=generator, dtype=torch.float64)], dim=1))
+
+    def drawn(self, u: Tensor) -> Tensor:
+        """Draws (n, d) of uniform numbers in (0, 1), float64 (n, 2 d) on the CPU."""
+        # The polar method: Bailey 1994, Mathematics of Computation 62, 779-781.
+        radius, angle = u.chunk(2, dim=1)
         nu = self.df.cpu().double()
-        draws = (nu * torch.expm1(-2 / nu * u.log())).sqrt() * angle.cos()
+        draws = (nu * torch.expm1(-2 / nu * radius.log())).sqrt() * (2 * math.pi * angle).cos()
         return self.loc + self.scale * draws.to(self.loc.dtype).to(self.loc.device)
 
 

@@ -1,0 +1,297 @@
+"""Training of a flow: flow matching, then maximum likelihood, the weights of the best held-out likelihood kept."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skode.exceptions import DivergenceError, SolverError
+from skode.fields import draw_probe
+from skode.models.flow import ContinuousFlow, TrainingPass
+from skode.models.odenet import SolverOptions
+from skode.models.paths import LinearPath, MixturePath
+from skode.training.noise import RowNoise
+
+BETAS = (0.9, 0.99)
+N_WARM = 20  # updates over which the learning rate rises
+AVERAGED = 50  # updates that the averaged weights look back over, about
+LIKELIHOOD_RATE = 0.4  # of the learning rate of flow matching
+CHECKS = 8  # validations in the likelihood phase
+
+
+@dataclass(frozen=True)
+class FlowOptions:
+    """How to train a flow.
+
+    ``n_matching`` and ``n_likelihood`` are numbers of updates; the solver's error, squared and in units of the training
+    tolerance, is penalised with ``error_penalty``, the kinetic energy with ``energy_penalty``, the Jacobian's squared
+    norm with ``jacobian_penalty``.
+    """
+
+    n_matching: int
+    n_likelihood: int
+    batch_size: int
+    learning_rate_init: float
+    alpha: float = 0.0
+    error_penalty: float = 0.0
+    energy_penalty: float = 0.0
+    jacobian_penalty: float = 0.0
+    divergence: str = "auto"
+
+
+@dataclass
+class FlowRows:
+    """Standardised rows (n, d), their weights (n,), noise, context, and which rows are held out.
+
+    ``noise`` has 2 d + 2 columns: for the path's time, its component, and 2 d for its start.
+    """
+
+    x: Tensor
+    weights: Tensor
+    noise: RowNoise
+    held_out: Tensor
+    context: Tensor | None = None
+
+    @property
+    def inside(self) -> Tensor:
+        """The rows that are trained on."""
+        return torch.nonzero(~self.held_out).view(-1)
+
+
+@dataclass
+class FlowHistory:
+    """Mean losses of each tenth of a phase, and held-out log-likelihoods."""
+
+    matching_losses: list[float] = field(default_factory=list)
+    likelihoods: list[float] = field(default_factory=list)
+    validation_scores: list[float] = field(default_factory=list)
+    n_evals: float = 0.0
+
+
+class FlowTraining:
+    """The state of a training run.
+
+    Parameters
+    ----------
+    flow : ContinuousFlow
+        Trained in place.
+    path : LinearPath or MixturePath
+        From the flow's base to the data.
+    rows : FlowRows
+    start : callable
+        Draws (n, d) of the path's noise, of uniform numbers (n, 2 d).
+    solver : SolverOptions
+        Of training; validation goes to a thousandth of its tolerance at least.
+    options : FlowOptions
+    generator : torch.Generator
+        Orders the batches.
+    """
+
+    def __init__(
+        self,
+        flow: ContinuousFlow,
+        path: LinearPath | MixturePath,
+        rows: FlowRows,
+        start: Callable[[Tensor], Tensor],
+        solver: SolverOptions,
+        options: FlowOptions,
+        generator: torch.Generator,
+    ) -> None:
+        self.flow, self.path, self.rows, self.options, self.generator = flow, path, rows, options, generator
+        self.solver, self._start = solver, start
+        self.parameters = [p for p in flow.parameters() if p.requires_grad]
+        self.history = FlowHistory()
+        self._inside, self._order, self._position = rows.inside, rows.inside, 0
+        self._visits = torch.zeros(len(rows.weights), dtype=torch.float64)
+        self._average = [p.detach().clone() for p in self.parameters]
+        self._first_step: float | None = None
+        self.n_updates = 0
+        self.best, self._best_weights = -math.inf, [p.detach().clone() for p in self.parameters]
+
+    # --- phases ---
+
+    def match(self) -> None:
+        """Flow matching (Lipman et al. 2023): fit the field to the paths' velocities, without any solve."""
+        n = self.options.n_matching
+        losses = self._updates(n, self.options.learning_rate_init, self.options.batch_size, self._matching_loss)
+        self.history.matching_losses += losses
+        if n:
+            self.check()
+
+    def maximise(self) -> None:
+        """Maximum likelihood through the solver."""
+        n = self.options.n_likelihood
+        every = max(1, n // CHECKS)
+        done = 0
+        self._start_likelihood()
+        while done < n:
+            some = min(every, n - done)
+            self.history.likelihoods += self._likelihood_updates(some, done, n)
+            done += some
+            self.check()
+
+    def check(self) -> float:
+        """The held-out rows' mean log-density by the averaged weights, error-controlled; the best weights are kept."""
+        own = [p.detach().clone() for p in self.parameters]
+        self._take(self._average)
+        score = self.validation_score()
+        if score > self.best:
+            self.best, self._best_weights = score, [p.clone() for p in self._average]
+        self.history.validation_scores.append(score)
+        self._take(own)
+        return score
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether no check was better than the first one, before any update."""
+        return self.history.validation_scores[0] >= self.best
+
+    def restore_best(self) -> None:
+        """The weights of the best check."""
+        self._take(self._best_weights)
+        self._average = [p.clone() for p in self._best_weights]
+
+    @torch.no_grad()
+    def validation_score(self) -> float:
+        """Of the weights as they are."""
+        rows = torch.nonzero(self.rows.held_out).view(-1)
+        if not len(rows):
+            rows = self._inside
+        tight = replace(self.solver, method="tsit5", rtol=min(self.solver.rtol, 1e-4), atol=min(self.solver.atol, 1e-5))
+        found = self.flow.densities(self.rows.x[rows], tight, context=self._context(rows))
+        weights = self.rows.weights[rows]
+        score = float((weights * found.log_density).sum() / weights.sum())
+        return score if math.isfinite(score) else -math.inf
+
+    # --- updates ---
+
+    def _updates(self, n: int, rate: float, batch_size: int, loss_of: Callable[[Tensor], Tensor]) -> list[float]:
+        optimizer = torch.optim.Adam(self.parameters, betas=BETAS, weight_decay=self.options.alpha, fused=True)
+        losses, total = [], torch.zeros(())
+        every = max(1, n // 10)
+        for k in range(n):
+            self._set_rate(optimizer, rate * min((k + 1) / N_WARM, 1.0, 2 * (1 - k / n)))
+            loss = loss_of(self._next_rows(batch_size))
+            self._step(optimizer, loss)
+            total = total + loss.detach()
+            if (k + 1) % every == 0:
+                losses.append(self._finite(float(total) / every))
+                total = torch.zeros(())
+        return losses
+
+    def _start_likelihood(self) -> None:
+        self.restore_best()
+        self._adam = torch.optim.Adam(self.parameters, betas=BETAS, weight_decay=self.options.alpha, fused=True)
+
+    def _likelihood_updates(self, n: int, done: int, of: int) -> list[float]:
+        total = 0.0
+        for k in range(done, done + n):
+            share = min((k + 1) / N_WARM, 1.0, 2 * (1 - k / of))
+            self._set_rate(self._adam, LIKELIHOOD_RATE * self.options.learning_rate_init * share)
+            loss = self._likelihood_loss(self._next_rows(2 * self.options.batch_size))
+            self._step(self._adam, loss)
+            total += float(loss.detach())
+        return [self._finite(total / n)]
+
+    def _step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        self.n_updates += 1
+        torch._foreach_lerp_(self._average, [p.detach() for p in self.parameters], 1 / AVERAGED)
+
+    @staticmethod
+    def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+    def _matching_loss(self, rows: Tensor) -> Tensor:
+        x1, u = self.rows.x[rows], self._draw(rows)
+        eps = self._start(u[:, 2:])
+        pairs = self.path.at(x1, u[:, :1].to(x1), eps.to(x1), u[:, 1:2].to(x1))
+        field: Any = self.flow.field
+        context = self._context(rows)
+        velocity = field(pairs.t, pairs.x) if context is None else field(pairs.t, pairs.x, context)
+        return self._weighted((velocity - pairs.velocity).square().mean(dim=1), rows)
+
+    def _likelihood_loss(self, rows: Tensor) -> Tensor:
+        x, options = self.rows.x[rows], self.options
+        probe = None
+        if options.divergence == "hutchinson" or options.jacobian_penalty > 0:
+            probe = draw_probe(*x.shape, generator=self.generator, dtype=x.dtype, device=x.device)
+        training = TrainingPass(
+            self._first_step,
+            options.error_penalty > 0,
+            options.energy_penalty,
+            options.jacobian_penalty,
+            options.divergence,
+            probe,
+        )
+        found = self.flow.densities(x, self.solver, training=training, context=self._context(rows))
+        self._first_step = min(found.next_step, 1.0)
+        self.history.n_evals = found.n_evals
+        loss = -found.log_density
+        if found.error is not None:
+            loss = loss + options.error_penalty * found.error
+        if found.penalty is not None:
+            loss = loss + found.penalty
+        return self._weighted(loss, rows)
+
+    # --- rows ---
+
+    def _next_rows(self, batch_size: int) -> Tensor:
+        n = len(self._inside)
+        if n <= batch_size:
+            return self._inside
+        if self._position + batch_size > n:
+            self._order = self._inside[torch.randperm(n, generator=self.generator)]
+            self._position = 0
+        rows = self._order[self._position : self._position + batch_size]
+        self._position += batch_size
+        return rows
+
+    def _draw(self, rows: Tensor) -> Tensor:
+        self._visits[rows] += 1
+        return self.rows.noise.draw(rows, self._visits[rows])
+
+    def _context(self, rows: Tensor) -> Tensor | None:
+        return None if self.rows.context is None else self.rows.context[rows]
+
+    def _weighted(self, loss: Tensor, rows: Tensor) -> Tensor:
+        weights = self.rows.weights[rows]
+        return (weights * loss).sum() / weights.sum()
+
+    @torch.no_grad()
+    def _take(self, weights: list[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, weights, strict=True):
+            parameter.copy_(value)
+
+    def _finite(self, loss: float) -> float:
+        if not math.isfinite(loss):
+            raise DivergenceError(
+                f"training diverged: the loss became {loss} at learning_rate_init="
+                f"{self.options.learning_rate_init:g}; lower learning_rate_init."
+            )
+        return loss
+
+
+def train_flow(runs: list[FlowTraining]) -> FlowTraining:
+    """Match all candidates, go on with the one of the best held-out likelihood, and return it at its best weights."""
+    for run in runs:
+        run.check()  # what it starts from counts, too
+        run.match()
+        run.restore_best()
+    best = max(runs, key=lambda run: run.best)
+    try:
+        best.maximise()
+    except SolverError as error:
+        warnings.warn(f"training by likelihood ended early: {error}", stacklevel=2)
+    best.restore_best()
+    return best
