@@ -18,12 +18,17 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
-from skode.estimators.checks import checked_image, checked_times, fold_numbers, unchanged_on_failure
+from skode.estimators.checks import (
+    checked_image,
+    checked_times,
+    fold_numbers,
+    require_success,
+    unchanged_on_failure,
+)
 from skode.estimators.fitted import FittedNet
 from skode.estimators.methods import AUTO_METHODS, SLACK, USUAL_SLACK, Slack
 from skode.estimators.scaling import input_scale
 from skode.estimators.table import Table
-from skode.exceptions import SolverError
 from skode.fields import ACTIVATIONS
 from skode.models import ODENet, ODENetConfig, SolverOptions
 from skode.models.blocks import block_size, blocks
@@ -431,24 +436,11 @@ class BaseODENet(BaseEstimator):
         config = model.config
         out = np.empty((len(rows), config.n_outputs), dtype=self.dtype_)
         for place, solution in self._solutions(model, rows):
-            self._require_success(solution, place, config.n_members)
+            require_success(solution, place, config.n_members)
             with torch.no_grad():
                 averaged = self._average(model.read_out(solution.y[:, -1]))
             out[place] = averaged[: place.stop - place.start].cpu().numpy()
         return out
-
-    def _require_success(self, solution: Solution, place: slice, n_members: int) -> None:
-        if solution.success:
-            return
-        size = len(solution.status) // n_members
-        failed = {int(i) % size for i in torch.nonzero(solution.status)}
-        rows = sorted(place.start + i for i in failed if place.start + i < place.stop)
-        first, message = next(iter(solution.failures().items()))
-        raise SolverError(
-            f"the ODE could not be solved for {len(rows)} rows of X (first: row {place.start + first % size}, which "
-            f"{message.partition(' ')[2].partition(' ')[2]}). solver_stats(X) tells each row's status.",
-            rows,
-        )
 
     def solver_stats(self, X: Any) -> pd.DataFrame:
         """What the solver did for every row; never raises for a failed solve.
@@ -503,7 +495,7 @@ class BaseODENet(BaseEstimator):
         times = checked_times(t, config.t1)
         path = np.empty((len(rows), len(times), model.n_dims), dtype=self.dtype_)
         for place, solution in self._solutions(model, rows, [0.0, *times, config.t1]):
-            self._require_success(solution, place, config.n_members)
+            require_success(solution, place, config.n_members)
             size = len(solution.y) // config.n_members
             own = solution.y[member * size : member * size + place.stop - place.start]
             path[place] = own[:, 1:-1].cpu().numpy()

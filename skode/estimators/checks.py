@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 
+from skode.exceptions import SolverError
 from skode.runtime import as_array
+from skode.solver import Solution
 
 
 @contextmanager
@@ -51,3 +54,24 @@ def fold_numbers(splits: Any, n_rows: int) -> NDArray[Any]:
     for fold, (_, rows) in enumerate(splits):
         folds[rows] = fold
     return folds
+
+
+def require_success(solution: Solution, place: slice, n_members: int) -> None:
+    """Refuse a block's solution of rows ``place`` of X, members after members, if some row failed.
+
+    Raises
+    ------
+    SolverError
+        Names the first of them.
+    """
+    if solution.success:
+        return
+    size = len(solution.status) // n_members
+    failed = {int(i) % size for i in torch.nonzero(solution.status)}
+    rows = sorted(place.start + i for i in failed if place.start + i < place.stop)
+    first, message = next(iter(solution.failures().items()))
+    raise SolverError(
+        f"the ODE could not be solved for {len(rows)} rows of X (first: row {place.start + first % size}, which "
+        f"{message.partition(' ')[2].partition(' ')[2]}). solver_stats(X) tells each row's status.",
+        rows,
+    )
