@@ -414,8 +414,7 @@ class BaseODENet(BaseEstimator):
         device = resolve_device(self.device, self.dtype_)
         check_dtype_on_device(self.dtype_, device)
         self._validate_params()
-        dtype = torch_dtype(self.dtype_)
-        return self._net.build(dtype, device), to_tensor(X, dtype, device)
+        return self._net.build(torch_dtype(self.dtype_), device), to_tensor(X, torch_dtype(self.dtype_), device)
 
     def _solutions(
         self, model: ODENet, X: Tensor, times: list[float] | None = None
@@ -438,8 +437,7 @@ class BaseODENet(BaseEstimator):
         for place, solution in self._solutions(model, rows):
             require_success(solution, place, config.n_members)
             with torch.no_grad():
-                averaged = self._average(model.read_out(solution.y[:, -1]))
-            out[place] = averaged[: place.stop - place.start].cpu().numpy()
+                out[place] = self._average(model.read_out(solution.y1))[: place.stop - place.start].cpu().numpy()
         return out
 
     def solver_stats(self, X: Any) -> pd.DataFrame:
