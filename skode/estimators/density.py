@@ -89,7 +89,7 @@ class ContinuousFlowDensity(
     contamination : float, default=0.1
         Share of the training rows that ``predict`` calls outliers.
     rtol, atol : float, default=1e-2, 1e-3
-        Tolerances of the solves in training by likelihood.
+        Tolerances of the solves in training by likelihood; an ``rtol`` below 1e-6 rules samples and ``transform``, too.
     alpha : float, default=0.0
         L2 penalty on the weights.
     error_penalty : float, default=1e-3
@@ -424,7 +424,9 @@ class ContinuousFlowDensity(
             if fitted is not None and rows.any():
                 flow = fitted.build(torch.float64, torch.device("cpu"))
                 z = flow.base.sample(int(rows.sum()), generator)
-                Z[rows] = in_blocks(z, lambda block, flow=flow: flow.drawn(block, exact_solver(1e-5))[0]).numpy()
+                Z[rows] = in_blocks(
+                    z, lambda block, flow=flow: flow.drawn(block, exact_solver(min(float(self.rtol), 1e-5)))[0]
+                ).numpy()
         X = self.columns_.restore(refuse_nan(Z, "sample"))
         return (X, self._scored(X)[0]) if return_log_density else X
 
@@ -434,7 +436,7 @@ class ContinuousFlowDensity(
         Z = torch.from_numpy(np.ascontiguousarray(self.columns_.standardise(self.columns_.centres(X))))
         if self.columns_.n_kept:
             flow = self._single().build(torch.float64, torch.device("cpu"))
-            Z = in_blocks(Z, lambda block: flow.densities(block, exact_solver(1e-6)).z)
+            Z = in_blocks(Z, lambda block: flow.densities(block, exact_solver(min(float(self.rtol), 1e-6))).z)
         return refuse_nan(Z.numpy(), "place in the base")
 
     def inverse_transform(self, Z: Any) -> Array:
@@ -454,7 +456,7 @@ class ContinuousFlowDensity(
             raise ValueError(f"Z must have shape (n, {self.columns_.n_kept}); got {tuple(z.shape)}.")
         if self.columns_.n_kept:
             flow = self._single().build(torch.float64, torch.device("cpu"))
-            z = in_blocks(z, lambda block: flow.drawn(block, exact_solver(1e-6))[0])
+            z = in_blocks(z, lambda block: flow.drawn(block, exact_solver(min(float(self.rtol), 1e-6)))[0])
         return self.columns_.restore(refuse_nan(z.numpy(), "row of the table"))
 
     def _single(self) -> FittedFlow:

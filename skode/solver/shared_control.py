@@ -219,10 +219,6 @@ class SharedControl:
         self._weights = self._standing.weights(self._weights).to(self.scheme.b.dtype)
         self.running = self.running and not bool(self._standing.rows.all())
 
-    def stop_all(self, status: Status) -> None:
-        """End the solve here."""
-        self._stop(status)
-
     def _next_step(self, h: float, error: float, accepted: bool) -> None:
         if not math.isfinite(error):
             factor = SMALLEST

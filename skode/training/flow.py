@@ -87,7 +87,7 @@ class FlowTraining:
     start : callable
         Draws (n, d) of the path's noise, of uniform numbers (n, 2 d).
     solver : SolverOptions
-        Of training; validation goes to a thousandth of its tolerance at least.
+        Of training; validation goes to 1e-4 and 1e-5 at least.
     options : FlowOptions
     generator : torch.Generator
         Orders the batches.
