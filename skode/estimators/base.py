@@ -18,6 +18,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
+from skode.estimators.arguments import SHARED_CONSTRAINTS
 from skode.estimators.checks import (
     checked_image,
     checked_times,
@@ -29,7 +30,6 @@ from skode.estimators.fitted import FittedNet
 from skode.estimators.methods import AUTO_METHODS, SLACK, USUAL_SLACK, Slack
 from skode.estimators.scaling import input_scale
 from skode.estimators.table import Table
-from skode.fields import ACTIVATIONS
 from skode.models import ODENet, ODENetConfig, SolverOptions
 from skode.models.blocks import block_size, blocks
 from skode.runtime import (
@@ -44,7 +44,6 @@ from skode.runtime import (
 )
 from skode.runtime.device import check_dtype_on_device
 from skode.solver import METHODS, Solution
-from skode.solver.strategies import STRATEGIES
 from skode.training import History, TrainingOptions, TrainingRows, train
 from skode.training.tasks import Task
 
@@ -57,8 +56,8 @@ class BaseODENet(BaseEstimator):
     """Base class; see :class:`ODENetClassifier` for the arguments."""
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
+        **SHARED_CONSTRAINTS,
         "hidden_layer_sizes": [StrOptions({"auto"}), "array-like", Interval(Integral, 1, None, closed="left")],
-        "activation": [StrOptions(set(ACTIVATIONS))],
         "n_members": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
         "input_encoding": [StrOptions({"auto", "standard", "piecewise"})],
         "augment_dim": [None, Interval(Integral, 0, None, closed="left")],
@@ -66,29 +65,8 @@ class BaseODENet(BaseEstimator):
         "time_dependent": ["boolean"],
         "t1": [Interval(Real, 0, None, closed="neither")],
         "image_shape": [None, tuple, list],
-        "field": [None, callable],
-        "energy_penalty": [Interval(Real, 0, None, closed="left")],
-        "error_penalty": [Interval(Real, 0, None, closed="left")],
-        "method": [StrOptions({"auto", *METHODS})],
-        "rtol": [Interval(Real, 0, None, closed="neither")],
-        "atol": [Interval(Real, 0, None, closed="left")],
-        "step_size": [None, Interval(Real, 0, None, closed="neither")],
-        "max_num_steps": [Interval(Integral, 1, None, closed="left")],
-        "gradient": [StrOptions(set(STRATEGIES))],
-        "device": [str, torch.device],
-        "dtype": "no_validation",
-        "alpha": [Interval(Real, 0, None, closed="left")],
         "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
-        "learning_rate_init": [Interval(Real, 0, None, closed="neither")],
         "max_iter": [None, Interval(Integral, 1, None, closed="left")],
-        "shuffle": ["boolean"],
-        "random_state": ["random_state", np.random.Generator],
-        "tol": [Interval(Real, 0, None, closed="left")],
-        "verbose": ["verbose"],
-        "warm_start": ["boolean"],
-        "early_stopping": [StrOptions({"auto"}), "boolean"],
-        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
-        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
     }
 
     _default_members: ClassVar[int] = 8

@@ -18,7 +18,7 @@ from skode.estimators.column_kinds import (
     column_name,
     find_kinds,
 )
-from skode.runtime import key_uniforms, row_keys
+from skode.runtime import key_uniforms, kronecker_steps, row_keys
 
 Array = NDArray[np.float64]
 
@@ -133,9 +133,10 @@ class Columns:
         """Log-determinant of the scale: the log-density of rows is that of standardised ones minus this."""
         return float(np.log(self.scale).sum())
 
-    def messages(self) -> list[str]:
+    def messages(self, table: str = "X") -> list[str]:
         """A sentence for each column that is left out."""
-        return [self._message(relation) for relation in self.found.relations]
+        sentences = [self._message(relation) for relation in self.found.relations]
+        return [sentence.replace(" of X ", f" of {table} ", 1) for sentence in sentences]
 
     def _message(self, relation: Any) -> str:
         name, kind = column_name(relation.target, self.names), self.found.kinds[relation.target]
@@ -149,7 +150,7 @@ class Columns:
 
     # --- to the density and back ---
 
-    def dequantise(self, X: NDArray[Any], seed: int, repeat: int = 0) -> Array:
+    def dequantise(self, X: NDArray[Any], seed: int, repeat: int = 0, content: NDArray[Any] | None = None) -> Array:
         """The kept columns, discrete ones spread uniformly over their cells.
 
         The noise depends on the row's content, ``seed`` and ``repeat`` alone. Equal rows get equal noise, so that a
@@ -161,6 +162,8 @@ class Columns:
         ----------
         X : array of shape (n, n_columns)
         seed, repeat : int
+        content : array of shape (n, m), optional
+            What noise depends on if it is not X.
 
         Returns
         -------
@@ -168,8 +171,8 @@ class Columns:
         """
         spread = np.array(X[:, self.found.kept], np.float64)
         lattices = self._kept_lattices()
-        u = key_uniforms(row_keys(X, seed), len(lattices))
-        u = (u + repeat * _steps(len(lattices))) % 1.0
+        u = key_uniforms(row_keys(X if content is None else content, seed), len(lattices))
+        u = (u + repeat * kronecker_steps(len(lattices))) % 1.0
         for (place, lattice), noise in zip(lattices.items(), u.T, strict=True):
             spread[:, place] = lattice.spread(spread[:, place], np.clip(noise, 2.0**-52, 1 - 2.0**-52))
         return spread
@@ -250,7 +253,7 @@ class Columns:
             standardised: Array = (kept - self.mean) / self.scale
         return standardised
 
-    def restore(self, Z: NDArray[Any]) -> Array:
+    def restore(self, Z: NDArray[Any], *, snap: bool = True) -> Array:
         """A table of all columns from standardised rows.
 
         Discrete columns are rounded to their lattices and stay in the observed range; columns that were left out are
@@ -259,20 +262,23 @@ class Columns:
         Parameters
         ----------
         Z : array of shape (n, n_kept)
+        snap : bool, default=True
+            Whether to round to lattices.
 
         Returns
         -------
         array of shape (n, n_columns)
         """
+        lattices = self.found.lattices if snap else {}
         X = np.zeros((len(Z), len(self.found.kinds)))
         X[:, self.found.kept] = np.asarray(Z, np.float64) * self.scale + self.mean
         for j in self.found.kept.tolist():
-            if j in self.found.lattices:
-                X[:, j] = self.found.lattices[j].restore(X[:, j])
+            if j in lattices:
+                X[:, j] = lattices[j].restore(X[:, j])
         for relation in self.found.relations:
             X[:, relation.target] = relation.rebuild(X)
-            if relation.target in self.found.lattices:
-                X[:, relation.target] = self.found.lattices[relation.target].snap(X[:, relation.target])
+            if relation.target in lattices:
+                X[:, relation.target] = lattices[relation.target].snap(X[:, relation.target])
         return X
 
     def _kept_lattices(self) -> dict[int, Lattice]:
@@ -331,21 +337,10 @@ def _robust_deviation(x: Array, share: Array, *, few: bool) -> float:
     return float(np.ptp(x))
 
 
-def _steps(n_columns: int) -> Array:
-    """Steps of a Kronecker sequence: powers of 1/g, g the positive root of g^(n + 1) = g + 1 (1 / golden ratio for 1).
-
-    Such generalised golden ratios are badly approximated by fractions, so that the multiples fill the cube evenly.
-    """
-    root = 2.0
-    for _ in range(64):
-        root = (1 + root) ** (1 / (n_columns + 1))
-    return np.asarray(root ** -np.arange(1.0, n_columns + 1))
-
-
 def _cell_points(k: int, n_columns: int) -> Array:
     """Places that fill the unit cube evenly; shape (k, n_columns)."""
     midpoints = (np.arange(k)[:, None] + 0.5) / k
     if n_columns == 0:
         return midpoints[:, :0]
-    others = (0.5 + np.arange(k)[:, None] * _steps(n_columns - 1)) % 1.0
+    others = (0.5 + np.arange(k)[:, None] * kronecker_steps(n_columns - 1)) % 1.0
     return np.concatenate([midpoints, others], axis=1)

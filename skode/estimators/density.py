@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from sklearn.base import (
-    BaseEstimator,
     ClassNamePrefixFeaturesOutMixin,
     DensityMixin,
     OutlierMixin,
@@ -21,38 +20,25 @@ from sklearn.base import (
 )
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_array, check_is_fitted, validate_data
-from torch import Tensor
 
 from skode.estimators.checks import unchanged_on_failure
 from skode.estimators.columns import Columns
 from skode.estimators.fitted_flow import (
-    BASES,
     SCORE_ERROR,
     Array,
     FittedFlow,
-    bounded_log_density,
-    exact_solver,
     in_blocks,
-    make_field,
     refuse_nan,
 )
+from skode.estimators.flow_base import BaseFlow, distinct
 from skode.estimators.mixtures import fit_mixture
 from skode.exceptions import ConvergenceWarning
-from skode.fields import ACTIVATIONS
-from skode.models import Base, LinearPath, Mixture, MixturePath, Normal, SolverOptions, StudentT
-from skode.models.flow import ContinuousFlow
-from skode.runtime import as_array, resolve_device, row_keys, seed_sequence, torch_generator
-from skode.training.flow import FlowOptions, FlowRows, FlowTraining, train_flow
-from skode.training.noise import RowNoise
-
-FEWEST_ROWS = 40  # distinct ones, to hold some out; with fewer the base alone is fitted
-HELD_OUT = 0.15
-CELL_POINTS = 8  # places in a cell that a discrete value's density is averaged over
+from skode.models import Mixture
+from skode.runtime import as_array, row_keys, seed_sequence, torch_generator
+from skode.training.flow import FlowRows, FlowTraining
 
 
-class ContinuousFlowDensity(
-    OutlierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseEstimator
-):
+class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseFlow):
     """Density estimation by a continuous normalizing flow.
 
     A field carries a base distribution to the data; the log-density of a row is the base's, less what the flow's
@@ -84,30 +70,61 @@ class ContinuousFlowDensity(
         Where the flow begins; "auto" takes the better of mixture and normal.
     discrete : {"auto", None} or sequence of int or str, default="auto"
         Columns to look at for a lattice: all, none, or these.
+    field : callable, optional
+        ``field(n_dims)`` returns an ``nn.Module`` that maps t ``(n, 1)`` and states ``(n, n_dims)`` to velocities; it
+        takes the place of ``net``. Its divergence is its method ``trace(t, y)``, if it has one, else by autograd: exact
+        in densities, estimated in training above 3 columns. A class or a module-level function pickles.
     n_members : int, default=1
         Flows whose densities are averaged.
     contamination : float, default=0.1
         Share of the training rows that ``predict`` calls outliers.
-    rtol, atol : float, default=1e-2, 1e-3
-        Tolerances of the solves in training by likelihood; an ``rtol`` below 1e-6 rules samples and ``transform``, too.
-    alpha : float, default=0.0
-        L2 penalty on the weights.
-    error_penalty : float, default=1e-3
-        Weight of the training solves' squared errors in units of the tolerance: it keeps the flow from using the
-        solver's errors.
     energy_penalty : float, default=0.0
         Weight of the flow's mean kinetic energy, in training by likelihood.
     jacobian_penalty : float, default=0.0
-        Weight of the mean squared norm of its Jacobian, estimated by a probe.
+        Weight of the mean squared norm of its Jacobian.
+    error_penalty : float, default=1e-3
+        Weight of the training solves' squared errors in units of the tolerance: it keeps the flow from using the
+        solver's errors. For adaptive methods and ``gradient="discrete"``.
+    method : str, default="auto"
+        Solver of training, samples and ``transform``; "auto": bosh3 in training, then dopri5 or dopri8.
+    rtol, atol : float, default=1e-2, 1e-3
+        Tolerances of the solves in training by likelihood; samples and ``transform`` are solved to a ten-thousandth of
+        them, those of now. Log-densities do not depend on them.
+    step_size : float, optional
+        Of a method of fixed steps.
+    max_num_steps : int, default=10000
+        Steps a solve may take.
+    gradient : {"discrete", "adjoint", "reversible"}, default="discrete"
+        How training differentiates through the solver.
+    device : str or torch.device, default="auto"
+        Where training and predictions are computed.
+    dtype : "auto", "float32", "float64" or NumPy dtype, default="auto"
+        Of training; "auto" is that of X on the CPU, else float32. Densities and samples are computed in float64.
+    alpha : float, default=0.0
+        L2 penalty on the weights.
     batch_size : int, default=256
         Rows of an update by flow matching; by likelihood twice as many.
     learning_rate_init : float, default=5e-3
+        Falls to 0 in each phase; by likelihood two fifths of it.
     max_iter : int, default=200
         Updates by likelihood; by flow matching 7.5 times as many.
-    device : str or torch.device, default="auto"
-        For training. Densities and samples are computed in float64 on the CPU.
+    shuffle : bool, default=True
+        Whether the rows are put in a new order for each pass.
     random_state : int, RandomState, Generator or None, default=None
         Decides everything: initial weights, order of the rows, noise (which also depends on the rows' content).
+    tol : float, default=0.0
+        By which the held-out likelihood has to rise.
+    verbose : bool or int, default=False
+        Whether to print a line at each check.
+    warm_start : bool, default=False
+        Whether another fit goes on with the flows, bases and columns of the last one.
+    early_stopping : bool or "auto", default="auto"
+        Whether a part of the rows is held out: training starts from the better of two bases and ends at the weights
+        that are best for them. "auto": with 40 distinct rows or more; with fewer the base alone is fitted.
+    validation_fraction : float, default=0.15
+        Held-out share of the weight.
+    n_iter_no_change : int, default=8
+        Checks, of the 8 in training by likelihood, without a rise after which training ends.
 
     Attributes
     ----------
@@ -119,8 +136,16 @@ class ContinuousFlowDensity(
         Log-density below which rows are outliers.
     n_iter_ : int
         Updates of the weights; 1 if there was nothing to train.
+    loss_curve_, loss_, best_loss_ : list of float, float or None, float or None
+        Mean losses between checks of training by likelihood (else by flow matching), the last and the least of them.
     validation_scores_ : list of float
         Held-out log-likelihoods of the standardised rows in the course of training.
+    n_evals_ : float
+        The field's evaluations a row in the last update by likelihood.
+    n_parameters_ : int
+        Of the fields.
+    dtype_ : numpy.dtype
+        Of training.
     n_features_in_, feature_names_in_
         As in scikit-learn.
 
@@ -140,26 +165,11 @@ class ContinuousFlowDensity(
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
-        "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
-        "activation": [StrOptions(set(ACTIVATIONS))],
+        **BaseFlow._parameter_constraints,
         "net": [StrOptions({"mlp", "planar"})],
-        "objective": [StrOptions({"auto", "likelihood", "flow_matching"})],
         "divergence": [StrOptions({"auto", "exact", "hutchinson"})],
-        "base": [StrOptions({"auto", *BASES})],
         "discrete": [StrOptions({"auto"}), None, "array-like"],
-        "n_members": [Interval(Integral, 1, None, closed="left")],
         "contamination": [Interval(Real, 0, 0.5, closed="right")],
-        "rtol": [Interval(Real, 0, None, closed="neither")],
-        "atol": [Interval(Real, 0, None, closed="left")],
-        "alpha": [Interval(Real, 0, None, closed="left")],
-        "error_penalty": [Interval(Real, 0, None, closed="left")],
-        "energy_penalty": [Interval(Real, 0, None, closed="left")],
-        "jacobian_penalty": [Interval(Real, 0, None, closed="left")],
-        "batch_size": [Interval(Integral, 1, None, closed="left")],
-        "learning_rate_init": [Interval(Real, 0, None, closed="neither")],
-        "max_iter": [Interval(Integral, 0, None, closed="left")],
-        "device": [str, torch.device],
-        "random_state": ["random_state", np.random.Generator],
     }
 
     def __init__(
@@ -172,40 +182,68 @@ class ContinuousFlowDensity(
         divergence: str = "auto",
         base: str = "auto",
         discrete: Any = "auto",
+        field: Callable[[int], torch.nn.Module] | None = None,
         n_members: int = 1,
         contamination: float = 0.1,
-        rtol: float = 1e-2,
-        atol: float = 1e-3,
-        alpha: float = 0.0,
-        error_penalty: float = 1e-3,
         energy_penalty: float = 0.0,
         jacobian_penalty: float = 0.0,
+        error_penalty: float = 1e-3,
+        method: str = "auto",
+        rtol: float = 1e-2,
+        atol: float = 1e-3,
+        step_size: float | None = None,
+        max_num_steps: int = 10_000,
+        gradient: str = "discrete",
+        device: str | torch.device = "auto",
+        dtype: Any = "auto",
+        alpha: float = 0.0,
         batch_size: int = 256,
         learning_rate_init: float = 5e-3,
         max_iter: int = 200,
-        device: str | torch.device = "auto",
+        shuffle: bool = True,
         random_state: Any = None,
+        tol: float = 0.0,
+        verbose: bool | int = False,
+        warm_start: bool = False,
+        early_stopping: str | bool = "auto",
+        validation_fraction: float = 0.15,
+        n_iter_no_change: int = 8,
     ) -> None:
-        self.hidden_layer_sizes = hidden_layer_sizes
-        self.activation = activation
+        super().__init__(
+            hidden_layer_sizes,
+            activation,
+            objective,
+            base,
+            field,
+            n_members,
+            energy_penalty,
+            jacobian_penalty,
+            error_penalty,
+            method,
+            rtol,
+            atol,
+            step_size,
+            max_num_steps,
+            gradient,
+            device,
+            dtype,
+            alpha,
+            batch_size,
+            learning_rate_init,
+            max_iter,
+            shuffle,
+            random_state,
+            tol,
+            verbose,
+            warm_start,
+            early_stopping,
+            validation_fraction,
+            n_iter_no_change,
+        )
         self.net = net
-        self.objective = objective
         self.divergence = divergence
-        self.base = base
         self.discrete = discrete
-        self.n_members = n_members
         self.contamination = contamination
-        self.rtol = rtol
-        self.atol = atol
-        self.alpha = alpha
-        self.error_penalty = error_penalty
-        self.energy_penalty = energy_penalty
-        self.jacobian_penalty = jacobian_penalty
-        self.batch_size = batch_size
-        self.learning_rate_init = learning_rate_init
-        self.max_iter = max_iter
-        self.device = device
-        self.random_state = random_state
 
     # --- fit ---
 
@@ -234,115 +272,90 @@ class ContinuousFlowDensity(
         return self
 
     def _fit(self, X: Any, sample_weight: Any) -> None:
-        X = validate_data(self, as_array(X), dtype=np.float64, ensure_min_samples=1)
+        fresh = not (self.warm_start and hasattr(self, "_flows"))
+        given = validate_data(self, as_array(X), dtype=(np.float64, np.float32), ensure_min_samples=1, reset=fresh)
+        device = self._resolve(given.dtype)
+        X = np.asarray(given, np.float64)
         weight = _check_sample_weight(
             as_array(sample_weight), X, dtype=np.float64, ensure_non_negative=True, allow_all_zero_weights=False
         )
-        root = seed_sequence(self.random_state)
-        seeds = root.spawn(int(self.n_members) + 1)
+        seeds = seed_sequence(self.random_state).spawn(int(self.n_members) + 1)
         seed = int(seeds[0].generate_state(1)[0])
-        X, weight = _distinct(X[weight > 0], weight[weight > 0], seed)
-        self.columns_ = Columns.fit(X, weight, self.discrete, getattr(self, "feature_names_in_", None))
-        for message in self.columns_.messages():
-            warnings.warn(message, UserWarning, stacklevel=4)
+        counted = weight > 0
+        first, weight = distinct(X[counted], weight[counted], seed)
+        X = X[counted][first]
+        if fresh:
+            self.columns_ = Columns.fit(X, weight, self.discrete, getattr(self, "feature_names_in_", None))
+            for message in self.columns_.messages():
+                warnings.warn(message, UserWarning, stacklevel=4)
         self.column_kinds_ = self.columns_.kinds
         self._n_features_out = self.columns_.n_kept
-        self.n_iter_ = 1
-        self.validation_scores_: list[float] = []
-        self._flows = [self._fit_flow(X, weight, part) for part in seeds[1:]]
-        scores, errors = self._scored(X)
+        earlier = self._earlier() if not fresh else [None] * int(self.n_members)
+        fitted = [self._fit_flow(X, weight, part, device, flow) for part, flow in zip(seeds[1:], earlier, strict=True)]
+        self._flows = [flow for flow, _ in fitted]
+        self._keep_runs([run for _, run in fitted if run is not None])
+        self.n_parameters_ = sum(flow.n_parameters for flow in self._flows if flow is not None)
+        self._judge_training_rows(X, weight)
+
+    def _judge_training_rows(self, X: Array, weight: Array) -> None:
+        """``score_error_`` and ``offset_``."""
+        scores, errors = self._table_scores(X)
         self.score_error_ = float(errors.max(initial=0.0))
         if self.score_error_ > SCORE_ERROR:
             warnings.warn(
                 f"log-densities of the training rows are exact to {self.score_error_:.2g} nats only; raise "
                 "error_penalty, which keeps the flow easy to solve.",
                 ConvergenceWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         order = np.argsort(scores)
         share = np.cumsum(weight[order]) / weight.sum()
         below = scores[order][np.searchsorted(share, self.contamination * (1 - 1e-12))]
         self.offset_ = float(np.nextafter(below, np.inf))
 
-    def _fit_flow(self, X: Array, weight: Array, part: np.random.SeedSequence) -> FittedFlow | None:
+    def _fit_flow(
+        self,
+        X: Array,
+        weight: Array,
+        part: np.random.SeedSequence,
+        device: torch.device,
+        earlier: FittedFlow | None,
+    ) -> tuple[FittedFlow | None, FlowTraining | None]:
         d = self.columns_.n_kept
+        plan = self._plan(self.net, d)
         if not d:
-            return None
+            return None, None
         seed, generator = int(part.generate_state(1)[0]), torch_generator(part)
-        Z, weight, held_out, rows = self._training_rows(X, weight, seed)
-        trained, inside = bool(held_out.any()), ~held_out
-        sizes = tuple(int(n) for n in np.atleast_1d(self.hidden_layer_sizes))
-        runs = []
-        for base in self._bases(Z[inside], weight[inside], seed):
-            field = make_field(self.net, d, sizes, self.activation, generator).to(rows.x.device)
-            flow = ContinuousFlow(field, base.to(torch.float32, rows.x.device))
-            path = MixturePath(flow.base) if isinstance(flow.base, Mixture) else LinearPath()
-            options = self._options(trained)
-            runs.append(FlowTraining(flow, path, rows, _start_of(base), self._solver(), options, generator))
-        best = train_flow(runs)
-        if best.unchanged and isinstance(best.flow.base, Mixture) and trained:
+        Z, weight, held_out, rows = self._training_rows(X, weight, seed, device)
+        trained, inside = bool(held_out.any()) or self.early_stopping is False, ~held_out
+        candidates = ("mixture", "normal") if held_out.any() else ("mixture",)
+        options = self._flow_options(
+            trained and self.objective != "likelihood",
+            trained and self.objective != "flow_matching",
+            self.divergence,
+        )
+        bases = self._bases(Z[inside], weight[inside], seed, candidates)
+        best = self._best_flow(plan, bases, rows, options, generator, earlier)
+        if best.unchanged and isinstance(best.flow.base, Mixture) and held_out.any() and earlier is None:
             # The network adds nothing: then the rows that were held out for it belong to the mixture.
             best.flow.base = fit_mixture(Z, weight, seed)
-        self.n_iter_ = max(self.n_iter_, best.n_updates)
-        self.validation_scores_ = best.history.validation_scores
-        name = next(name for name, kind in BASES.items() if type(best.flow.base) is kind)
-        return FittedFlow.of(best.flow, self.net, sizes, self.activation, name)
+        return FittedFlow.of(best.flow, plan), best
 
-    def _training_rows(self, X: Array, weight: Array, seed: int) -> tuple[Array, Array, NDArray[np.bool_], FlowRows]:
+    def _training_rows(
+        self, X: Array, weight: Array, seed: int, device: torch.device
+    ) -> tuple[Array, Array, NDArray[np.bool_], FlowRows]:
         """Standardised rows, discrete values spread over their cells, with weights and those that are held out."""
-        columns, d = self.columns_, self.columns_.n_kept
-        repeats, device = columns.n_repeats, resolve_device(self.device, "float32")
+        columns, repeats = self.columns_, self.columns_.n_repeats
         # Columns that are left out shall not matter.
         order = np.argsort(row_keys(X[:, columns.found.kept], seed))
         X, weight = X[order], weight[order]
         Z = np.concatenate([columns.standardise(columns.dequantise(X, seed, r)) for r in range(repeats)])
         number = np.repeat(np.arange(repeats), len(X))
         X, weight = np.tile(X[:, columns.found.kept], (repeats, 1)), np.tile(weight / repeats, repeats)
-        held_out = self._held_out(X, weight, seed)
-        rows = FlowRows(
-            torch.from_numpy(Z).to(torch.float32).to(device),
-            torch.from_numpy(weight).to(torch.float32).to(device),
-            # Repetitions of a row have noise of their own.
-            RowNoise(np.column_stack([X, number]), 2 * d + 2, seed),
-            torch.from_numpy(held_out),
-        )
+        held_out = self._held_out(X, weight, seed + 1)
+        # Repetitions of a row have noise of their own.
+        rows = self._flow_rows(Z, weight, held_out, np.column_stack([X, number]), seed, device)
         return Z, weight, held_out, rows
-
-    def _bases(self, Z: Array, weight: Array, seed: int) -> Iterator[Base]:
-        if self.base in ("auto", "mixture"):
-            yield fit_mixture(Z, weight, seed)
-        if self.base == "normal" or (self.base == "auto" and len(Z) >= FEWEST_ROWS):
-            yield Normal.standard(Z.shape[1])
-        if self.base == "student_t":
-            yield StudentT.fit(Z, weight)
-
-    def _held_out(self, X: Array, weight: Array, seed: int) -> NDArray[np.bool_]:
-        """A part of the weight, chosen by the rows' content."""
-        keys, distinct = np.unique(row_keys(X, seed + 1), return_inverse=True)
-        if len(keys) < FEWEST_ROWS:
-            return np.zeros(len(X), dtype=bool)
-        share = np.cumsum(np.bincount(distinct, weights=weight)) / weight.sum()
-        held: NDArray[np.bool_] = (share <= HELD_OUT)[distinct]
-        return held
-
-    def _options(self, trained: bool) -> FlowOptions:
-        scale = self.max_iter / 200
-        matching = 0 if self.objective == "likelihood" else round(1500 * scale)
-        likelihood = 0 if self.objective == "flow_matching" else round(200 * scale)
-        return FlowOptions(
-            matching if trained else 0,
-            likelihood if trained else 0,
-            int(self.batch_size),
-            float(self.learning_rate_init),
-            float(self.alpha),
-            float(self.error_penalty),
-            float(self.energy_penalty),
-            float(self.jacobian_penalty),
-            "hutchinson" if self.divergence == "hutchinson" else "auto",
-        )
-
-    def _solver(self) -> SolverOptions:
-        return SolverOptions("bosh3", float(self.rtol), float(self.atol), None, 10_000)
 
     # --- densities ---
 
@@ -362,7 +375,7 @@ class ContinuousFlowDensity(
             each.
         """
         X = self._validated(X)
-        scores, errors = self._scored(X)
+        scores, errors = self._table_scores(X)
         return (scores, errors) if return_error else scores
 
     def score(self, X: Any, y: Any = None) -> float:
@@ -383,17 +396,22 @@ class ContinuousFlowDensity(
         checked: Array = validate_data(self, as_array(X), dtype=np.float64, reset=False)
         return checked
 
-    def _scored(self, X: Array) -> tuple[Array, Array]:
-        columns = self.columns_
-        k = CELL_POINTS if columns.has_cells else 1
-        places = columns.standardise(columns.centres(X) + (columns.cell_noise(X, k) if k > 1 else 0.0))
-        places = places.reshape(k * len(X), columns.n_kept)
-        found = [bounded_log_density(flow, places) for flow in self._flows]
-        refuse_nan(np.sum([values for values, _ in found], axis=0).reshape(k, -1).T, "log-density")
-        log_standardised = np.logaddexp.reduce([values for values, _ in found]) - math.log(len(found))
-        errors = np.max([errors for _, errors in found], axis=0)
-        log_density, _ = columns.log_density(X, log_standardised.reshape(k, -1))
-        return log_density, errors.reshape(k, -1).max(axis=0, initial=0.0)
+    def solver_stats(self, X: Any) -> pd.DataFrame:
+        """What the solver did for every row on its way to the base; never raises for a failed solve.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+
+        Returns
+        -------
+        DataFrame
+            One row per row of X, with X's index if it has one: ``n_evals, n_steps, n_rejected`` (sums over members) and
+            ``status`` (the worst of them; 0 is success, see :class:`skode.solver.Status`).
+        """
+        rows = self._validated(X)
+        Z = self.columns_.standardise(self.columns_.centres(rows))
+        return self._flow_stats(Z, [1.0, 0.0], None, X.index if isinstance(X, pd.DataFrame) else None)
 
     # --- samples and the base ---
 
@@ -417,27 +435,26 @@ class ContinuousFlowDensity(
             raise ValueError(f"n_samples={n_samples!r} must be a whole number, 0 or more.")
         parts = seed_sequence(random_state).spawn(2)
         member = np.random.default_rng(parts[0]).integers(len(self._flows), size=int(n_samples))
-        generator = torch_generator(parts[1])
+        generator, device, solver = torch_generator(parts[1]), self._predicting_device(), self._sampling_solver()
         Z = np.zeros((int(n_samples), self.columns_.n_kept))
         for m, fitted in enumerate(self._flows):
             rows = member == m
             if fitted is not None and rows.any():
-                flow = fitted.build(torch.float64, torch.device("cpu"))
+                flow = fitted.build(torch.float64, device)
                 z = flow.base.sample(int(rows.sum()), generator)
-                Z[rows] = in_blocks(
-                    z, lambda block, flow=flow: flow.drawn(block, exact_solver(min(float(self.rtol), 1e-5)))[0]
-                ).numpy()
+                Z[rows] = in_blocks(z, lambda block, _, flow=flow: flow.drawn(block, solver)[0], device)
         X = self.columns_.restore(refuse_nan(Z, "sample"))
-        return (X, self._scored(X)[0]) if return_log_density else X
+        return (X, self._table_scores(X)[0]) if return_log_density else X
 
     def transform(self, X: Any) -> Array:
         """The rows' places in the base distribution."""
         X = self._validated(X)
-        Z = torch.from_numpy(np.ascontiguousarray(self.columns_.standardise(self.columns_.centres(X))))
+        Z = self.columns_.standardise(self.columns_.centres(X))
         if self.columns_.n_kept:
-            flow = self._single().build(torch.float64, torch.device("cpu"))
-            Z = in_blocks(Z, lambda block: flow.densities(block, exact_solver(min(float(self.rtol), 1e-6))).z)
-        return refuse_nan(Z.numpy(), "place in the base")
+            device, solver = self._predicting_device(), self._sampling_solver()
+            flow = self._single().build(torch.float64, device)
+            Z = in_blocks(Z, lambda block, _: flow.densities(block, solver).z, device)
+        return refuse_nan(Z, "place in the base")
 
     def inverse_transform(self, Z: Any) -> Array:
         """Rows of the table at places of the base distribution."""
@@ -451,13 +468,13 @@ class ContinuousFlowDensity(
             ensure_min_samples=0,
             ensure_min_features=0,
         )
-        z = torch.from_numpy(places)
-        if z.shape[1] != self.columns_.n_kept:
-            raise ValueError(f"Z must have shape (n, {self.columns_.n_kept}); got {tuple(z.shape)}.")
+        if places.shape[1] != self.columns_.n_kept:
+            raise ValueError(f"Z must have shape (n, {self.columns_.n_kept}); got {places.shape}.")
         if self.columns_.n_kept:
-            flow = self._single().build(torch.float64, torch.device("cpu"))
-            z = in_blocks(z, lambda block: flow.drawn(block, exact_solver(min(float(self.rtol), 1e-6)))[0])
-        return self.columns_.restore(refuse_nan(z.numpy(), "row of the table"))
+            device, solver = self._predicting_device(), self._sampling_solver()
+            flow = self._single().build(torch.float64, device)
+            places = in_blocks(places, lambda block, _: flow.drawn(block, solver)[0], device)
+        return self.columns_.restore(refuse_nan(places, "row of the table"))
 
     def _single(self) -> FittedFlow:
         if len(self._flows) > 1:
@@ -465,17 +482,3 @@ class ContinuousFlowDensity(
         flow = self._flows[0]
         assert flow is not None
         return flow
-
-
-def _distinct(X: Array, weight: Array, seed: int) -> tuple[Array, Array]:
-    """Each row once with its total weight, in an order that depends on content alone."""
-    _, first, place = np.unique(row_keys(X, seed), return_index=True, return_inverse=True)
-    total: Array = np.bincount(place, weights=weight).astype(np.float64)
-    return X[first], total
-
-
-def _start_of(base: Base) -> Callable[[Tensor], Tensor]:
-    """From uniform numbers (n, 2 d) to draws of the path's start (n, d)."""
-    if isinstance(base, StudentT):
-        return base.drawn
-    return lambda u: torch.special.ndtri(u[:, : base.n_dims])

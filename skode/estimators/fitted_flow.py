@@ -15,6 +15,7 @@ from skode.fields import FlowField, PlanarField
 from skode.models import Base, Mixture, Normal, SolverOptions, StudentT
 from skode.models.blocks import block_size, blocks
 from skode.models.flow import ContinuousFlow
+from skode.models.odenet import FieldFactory, users_field
 from skode.runtime import to_numpy
 
 Array = NDArray[np.float64]
@@ -23,67 +24,94 @@ SCORE_ERROR = 0.01  # nats: what the solver may add to a log-density
 LOOSEST, TIGHTEST = 1e-5, 1e-10  # tolerances of scores
 CHECK = 0.01  # of a score's tolerance: the second solve, whose own error is then far below the difference
 FLOOR = 1e-8  # nats; the second solve's error, where both are smaller than any tolerance asks for
+CONTEXT_START = 0.1  # of the usual weights: conditions are let in slowly, since few rows are soon learned by heart
 LOWEST = -1e300  # nats: log-densities of rows so far away that squares overflow
+
+
+class FieldPlan(NamedTuple):
+    """How to make a flow's field."""
+
+    net: str
+    n_dims: int
+    sizes: tuple[int, ...]
+    activation: str
+    n_context: int = 0
+    field: FieldFactory | None = None
+
+    def make(self, generator: torch.Generator) -> torch.nn.Module:
+        """A field; the package's own are 0 at the start, or nearly so."""
+        if self.field is not None:
+            return users_field(self.field, self.n_dims, generator)
+        if self.net == "planar":
+            return PlanarField(self.n_dims, self.sizes[0], activation=self.activation, generator=generator)
+        field = FlowField(
+            self.n_dims,
+            self.sizes,
+            self.activation,
+            n_context=self.n_context,
+            zero_output=True,
+            generator=generator,
+        )
+        if self.n_context:
+            with torch.no_grad():
+                field.flow_layers[0].context.mul_(CONTEXT_START)
+        return field
 
 
 class FittedFlow(NamedTuple):
     """A flow as NumPy arrays."""
 
-    net: str
-    sizes: tuple[int, ...]
-    activation: str
-    base: str
-    n_dims: int
+    plan: FieldPlan
     field_arrays: dict[str, NDArray[Any]]
+    base: str
     base_arrays: dict[str, NDArray[Any]]
 
     def build(self, dtype: torch.dtype, device: torch.device) -> ContinuousFlow:
         """The module."""
-        field = make_field(self.net, self.n_dims, self.sizes, self.activation, torch.Generator().manual_seed(0))
+        field = self.plan.make(torch.Generator().manual_seed(0))
         field.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in self.field_arrays.items()})
         base = BASES[self.base].from_arrays(self.base_arrays, dtype, device)
         return ContinuousFlow(field.to(dtype).to(device), base).eval()
 
     @staticmethod
-    def of(flow: ContinuousFlow, net: str, sizes: tuple[int, ...], activation: str, base: str) -> FittedFlow:
+    def of(flow: ContinuousFlow, plan: FieldPlan) -> FittedFlow:
         """What a trained module holds."""
         arrays = {name: to_numpy(tensor) for name, tensor in flow.field.state_dict().items()}
-        return FittedFlow(net, sizes, activation, base, flow.base.n_dims, arrays, flow.base.arrays())
+        base = next(name for name, kind in BASES.items() if type(flow.base) is kind)
+        return FittedFlow(plan, arrays, base, flow.base.arrays())
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers that describe the field."""
+        return sum(array.size for array in self.field_arrays.values())
 
 
-def make_field(
-    net: str, n_dims: int, sizes: tuple[int, ...], activation: str, generator: torch.Generator
-) -> torch.nn.Module:
-    """A field that is 0 at the start, or nearly so."""
-    if net == "planar":
-        return PlanarField(n_dims, sizes[0], activation=activation, generator=generator)
-    return FlowField(n_dims, sizes, activation, zero_output=True, generator=generator)
-
-
-def bounded_log_density(fitted: FittedFlow | None, Z: Array) -> tuple[Array, Array]:
-    """Of standardised rows, with a bound on the solver's error from a second solve.
+def bounded_log_density(
+    fitted: FittedFlow | None, Z: Array, device: torch.device, context: Array | None = None
+) -> tuple[Array, Array]:
+    """Of standardised rows, given their contexts, with a bound on the solver's error from a second solve.
 
     That is of another method and of a hundredth of the tolerance: errors of one method at neighbouring tolerances
     go together, and their difference is now and then far smaller than both.
     """
+    values, errors = np.zeros(len(Z)), np.zeros(len(Z))
     if fitted is None:
-        return np.zeros(len(Z)), np.zeros(len(Z))
-    flow = fitted.build(torch.float64, torch.device("cpu"))
-    z = torch.from_numpy(np.ascontiguousarray(Z))
-    values, errors = torch.zeros(len(z), dtype=z.dtype), torch.zeros(len(z), dtype=z.dtype)
-    rtol, open_ = LOOSEST, torch.arange(len(z))
+        return values, errors
+    flow = fitted.build(torch.float64, device)
+    rtol, open_ = LOOSEST, np.arange(len(Z))
     while len(open_) and rtol >= TIGHTEST / 2:
-        found, check = (_solved(flow, z[open_], tolerance) for tolerance in (rtol, rtol * CHECK))
-        values[open_], errors[open_] = found, 2 * (found - check).abs() + FLOOR
+        some = None if context is None else context[open_]
+        found, check = (_solved(flow, Z[open_], some, device, tolerance) for tolerance in (rtol, rtol * CHECK))
+        values[open_], errors[open_] = found, 2 * np.abs(found - check) + FLOOR
         open_ = open_[~(errors[open_] <= SCORE_ERROR / 2)]
         rtol /= 10
-    errors[values == -torch.inf] = FLOOR
-    return values.clamp(min=LOWEST).numpy(), errors.numpy()
+    errors[values == -np.inf] = FLOOR
+    return np.maximum(values, LOWEST), errors
 
 
-def _solved(flow: ContinuousFlow, z: Tensor, rtol: float) -> Tensor:
+def _solved(flow: ContinuousFlow, Z: Array, context: Array | None, device: torch.device, rtol: float) -> Array:
     solver = exact_solver(rtol)
-    return in_blocks(z, lambda block: flow.densities(block, solver).log_density)
+    return in_blocks(Z, lambda block, given: flow.densities(block, solver, context=given).log_density, device, context)
 
 
 def exact_solver(rtol: float) -> SolverOptions:
@@ -104,8 +132,18 @@ def refuse_nan(found: Array, what: str) -> Array:
 
 
 @torch.no_grad()
-def in_blocks(z: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """A function of rows in blocks of one fixed shape: a row's result has the same bits in any company."""
-    size = block_size(1, z.shape[1])
-    parts = [function(block)[: rows.stop - rows.start] for rows, block in blocks(z, size)]
-    return torch.cat(parts) if parts else function(z)
+def in_blocks(
+    Z: Any,
+    function: Callable[[Tensor, Tensor | None], Tensor],
+    device: torch.device,
+    context: Array | None = None,
+) -> Array:
+    """A function of rows and their contexts in blocks of one fixed shape: a row's result has the same bits anywhere."""
+    d, size = Z.shape[1], block_size(1, Z.shape[1])
+    both = torch.as_tensor(Z if context is None else np.concatenate([Z, context], axis=1))
+    parts = []
+    for rows, block in blocks(both, size):
+        state, given = block.to(device).split([d, block.shape[1] - d], dim=1)
+        found = function(state.contiguous(), None if context is None else given.contiguous())
+        parts.append(to_numpy(found[: rows.stop - rows.start]))
+    return np.concatenate(parts) if parts else to_numpy(function(both[:, :d].to(device), both[:, d:].to(device)))

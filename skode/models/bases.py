@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from skode.runtime import to_numpy, to_tensor
+from skode.runtime import kronecker_steps, to_numpy, to_tensor
 
 _CPU = torch.device("cpu")
+N_CELLS = 2**16  # of the grid that quantiles of Student's t are read off: to 1e-7
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +61,25 @@ class Base(ABC):
         -------
         tensor of shape (n, d)
         """
+
+    @abstractmethod
+    def placed(self, u: Tensor) -> Tensor:
+        """Points (k, d) of uniform numbers in (0, 1), (k, 2 d + 1); both float64 on the CPU.
+
+        In one dimension of the first number alone, and ascending with it: quantiles.
+        """
+
+    def points(self, k: int) -> Tensor:
+        """Points that fill the distribution evenly, float64 (k, d) on the CPU.
+
+        In one dimension the quantiles of (i + 1/2) / k, in more those of a Kronecker sequence.
+        """
+        u = torch.full((k, 2 * self.n_dims + 1), 0.5, dtype=torch.float64)
+        if self.n_dims == 1:
+            u[:, 0] = (torch.arange(k, dtype=torch.float64) + 0.5) / k
+        else:
+            u = u + torch.arange(1, k + 1).unsqueeze(1) * torch.from_numpy(kronecker_steps(u.shape[1]))
+        return self.placed((u % 1.0).clamp(2.0**-53, 1 - 2.0**-53))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The parameters as NumPy arrays, for :meth:`from_arrays`."""
@@ -112,6 +132,10 @@ class Normal(Base):
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         return self.loc + self.scale * _normals(n, self.loc, generator)
+
+    def placed(self, u: Tensor) -> Tensor:
+        normal: Tensor = torch.special.ndtri(u[:, : self.n_dims])
+        return _exact(self.loc) + _exact(self.scale) * normal
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +196,16 @@ class StudentT(Base):
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         u = 1 - torch.rand(n, self.n_dims, generator=generator, dtype=torch.float64)
         return self.drawn(torch.cat([u, torch.rand(n, self.n_dims, generator=generator, dtype=torch.float64)], dim=1))
+
+    def placed(self, u: Tensor) -> Tensor:
+        if self.n_dims > 1:
+            return self.drawn(u[:, : 2 * self.n_dims]).cpu().double()
+        # With z = sqrt(nu) tan(a) the density is proportional to cos(a)^(nu - 1): smooth, on a bounded interval.
+        nu = float(self.df)
+        edges = np.linspace(-np.pi / 2, np.pi / 2, N_CELLS + 1)
+        mass = np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (nu - 1))
+        a = np.interp(u[:, 0].numpy(), np.concatenate([[0.0], mass / mass[-1]]), edges)
+        return _exact(self.loc) + _exact(self.scale) * torch.from_numpy(math.sqrt(nu) * np.tan(a)).unsqueeze(1)
 
     def drawn(self, u: Tensor) -> Tensor:
         """Draws (n, d) of uniform numbers in (0, 1), float64 (n, 2 d) on the CPU."""
@@ -257,6 +291,29 @@ class Mixture(Base):
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         component = draw_component(self.weights.expand(n, -1), generator)
         return self.means[component] + self.scatter(component, _normals(n, self.means, generator))
+
+    def placed(self, u: Tensor) -> Tensor:
+        exact = self.to(torch.float64)
+        if self.n_dims == 1:
+            return exact._quantiles(u[:, :1])
+        component = component_at(exact.weights.expand(len(u), -1), u[:, -1:])
+        return exact.means[component] + exact.scatter(component, torch.special.ndtri(u[:, : self.n_dims]))
+
+    def _quantiles(self, p: Tensor) -> Tensor:
+        """By bisection between the components' own quantiles."""
+        means, deviations = self.means[:, 0], self.factors[:, 0, 0]
+        own = means + deviations * torch.special.ndtri(p)
+        low, high = own.amin(dim=1, keepdim=True), own.amax(dim=1, keepdim=True)
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = (self.weights * torch.special.ndtr((middle - means) / deviations)).sum(dim=1, keepdim=True) < p
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return torch.as_tensor(high)
+
+
+def _exact(parameter: Tensor) -> Tensor:
+    """In float64 on the CPU."""
+    return parameter.detach().cpu().double()
 
 
 def draw_component(probabilities: Tensor, generator: torch.Generator) -> Tensor:

@@ -41,7 +41,7 @@ class TrainingPass:
         Whether squared solver errors are wanted.
     energy, jacobian : float
         Weights of the kinetic energy and of the Jacobian's squared norm (Finlay et al. 2020, arXiv:2002.02798).
-    divergence : {"auto", "hutchinson"}
+    divergence : {"auto", "exact", "hutchinson"}
     probe : tensor of shape (n, d), optional
         For "hutchinson", and for the Jacobian's norm.
     """
@@ -82,7 +82,7 @@ class ContinuousFlow(nn.Module):
         context: Tensor | None = None,
     ) -> Densities:
         """Log-densities of ``x (n, d)``, from the data back to the base; in training by one step for all rows."""
-        solution = self._solved(x, [1.0, 0.0], options, training, context)
+        solution = self.solution(x, [1.0, 0.0], options, training=training, context=context)
         z, integrals = solution.y1, solution.quadratures
         assert integrals is not None
         penalty = None
@@ -101,18 +101,20 @@ class ContinuousFlow(nn.Module):
 
     def drawn(self, z: Tensor, options: SolverOptions, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The data (n, d) of points ``z`` of the base, and their log-densities (n,)."""
-        solution = self._solved(z, [0.0, 1.0], options, None, context)
+        solution = self.solution(z, [0.0, 1.0], options, context=context)
         assert solution.quadratures is not None
         return solution.y1, self.base.log_density(z) - solution.quadratures[:, -1, 0]
 
-    def _solved(
+    def solution(
         self,
         y: Tensor,
         times: list[float],
         options: SolverOptions,
-        training: TrainingPass | None,
-        context: Tensor | None,
+        *,
+        training: TrainingPass | None = None,
+        context: Tensor | None = None,
     ) -> Solution:
+        """The solver's account of the way of ``y (n, d)`` from the first of two times to the second."""
         wanted = training or TrainingPass()
         solution = solve(
             traced(

@@ -331,7 +331,7 @@ def _make_start(config: ODENetConfig, generator: torch.Generator) -> nn.Module:
 
 def _make_fields(config: ODENetConfig, start: nn.Module, n_dims: int, generator: torch.Generator) -> list[nn.Module]:
     if config.field is not None:
-        return [_users_field(config.field, int(start.n_dims), generator) for _ in range(config.n_members)]  # type: ignore[arg-type]
+        return [users_field(config.field, int(start.n_dims), generator) for _ in range(config.n_members)]  # type: ignore[arg-type]
     if config.image_shape is not None:
         return [_conv_field(config, start, generator) for _ in range(config.n_members)]
     return [
@@ -365,7 +365,8 @@ def _conv_field(config: ODENetConfig, start: nn.Module, generator: torch.Generat
     )
 
 
-def _users_field(factory: FieldFactory, n_dims: int, generator: torch.Generator) -> nn.Module:
+def users_field(factory: FieldFactory, n_dims: int, generator: torch.Generator) -> nn.Module:
+    """The module that a user's ``field`` makes, its initial weights drawn from ``generator``."""
     with own_randomness(generator):
         module = factory(n_dims)
     if not isinstance(module, nn.Module):

@@ -61,3 +61,23 @@ def key_uniforms(keys: NDArray[np.uint64], n_columns: int) -> NDArray[np.float64
     steps = np.arange(1, n_columns + 1, dtype=np.uint64) * _GAMMA
     bits = _mix(keys[:, None] + steps) >> np.uint64(12)
     return (bits.astype(np.float64) + 0.5) * 2.0**-52
+
+
+def kronecker_steps(n_columns: int) -> NDArray[np.float64]:
+    """Steps of a Kronecker sequence, whose multiples modulo 1 fill the unit cube evenly.
+
+    Powers of 1/g, g the positive root of g^(n + 1) = g + 1 (1 / golden ratio for one column): such generalised golden
+    ratios are badly approximated by fractions.
+
+    Parameters
+    ----------
+    n_columns : int
+
+    Returns
+    -------
+    array of shape (n_columns,)
+    """
+    root = 2.0
+    for _ in range(64):
+        root = (1 + root) ** (1 / (n_columns + 1))
+    return np.asarray(root ** -np.arange(1.0, n_columns + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from skode.exceptions import DivergenceError, SolverError
-from skode.fields import draw_probe
+from skode.fields import FlowField, PlanarField, draw_probe
+from skode.fields.trace import knows_trace
 from skode.models.flow import ContinuousFlow, TrainingPass
 from skode.models.odenet import SolverOptions
 from skode.models.paths import LinearPath, MixturePath
+from skode.training.loop import Epoch
 from skode.training.noise import RowNoise
 
 BETAS = (0.9, 0.99)
@@ -23,6 +26,8 @@ N_WARM = 20  # updates over which the learning rate rises
 AVERAGED = 50  # updates that the averaged weights look back over, about
 LIKELIHOOD_RATE = 0.4  # of the learning rate of flow matching
 CHECKS = 8  # validations in the likelihood phase
+DIVERGED = 1e6  # times the first loss
+DEAR_TRACE = 3  # dimensions, above which the trace of a user's field is estimated in training
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class FlowOptions:
 
     ``n_matching`` and ``n_likelihood`` are numbers of updates; the solver's error, squared and in units of the training
     tolerance, is penalised with ``error_penalty``, the kinetic energy with ``energy_penalty``, the Jacobian's squared
-    norm with ``jacobian_penalty``.
+    norm with ``jacobian_penalty``. The phase of likelihood ends when the held-out likelihood has not risen by ``tol``
+    in ``n_checks_no_change`` of its 8 checks.
     """
 
     n_matching: int
@@ -43,6 +49,9 @@ class FlowOptions:
     energy_penalty: float = 0.0
     jacobian_penalty: float = 0.0
     divergence: str = "auto"
+    shuffle: bool = True
+    tol: float = 0.0
+    n_checks_no_change: int = CHECKS
 
 
 @dataclass
@@ -66,10 +75,10 @@ class FlowRows:
 
 @dataclass
 class FlowHistory:
-    """Mean losses of each tenth of a phase, and held-out log-likelihoods."""
+    """Mean losses between the checks of either phase, the checks' held-out log-likelihoods, evaluations a row."""
 
     matching_losses: list[float] = field(default_factory=list)
-    likelihoods: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
     validation_scores: list[float] = field(default_factory=list)
     n_evals: float = 0.0
 
@@ -91,6 +100,8 @@ class FlowTraining:
     options : FlowOptions
     generator : torch.Generator
         Orders the batches.
+    report : callable, optional
+        Is given an :class:`Epoch` at each check.
     """
 
     def __init__(
@@ -102,8 +113,10 @@ class FlowTraining:
         solver: SolverOptions,
         options: FlowOptions,
         generator: torch.Generator,
+        report: Callable[[Epoch], None] | None = None,
     ) -> None:
         self.flow, self.path, self.rows, self.options, self.generator = flow, path, rows, options, generator
+        self._report, self._began = report, time.perf_counter()
         self.solver, self._start = solver, start
         self.parameters = [p for p in flow.parameters() if p.requires_grad]
         self.history = FlowHistory()
@@ -111,6 +124,11 @@ class FlowTraining:
         self._visits = torch.zeros(len(rows.weights), dtype=torch.float64)
         self._average = [p.detach().clone() for p in self.parameters]
         self._first_step: float | None = None
+        self._first_loss: float | None = None
+        # By itself only where the exact trace takes many products: of a user's field that does not know it.
+        known = isinstance(flow.field, FlowField | PlanarField) or knows_trace(flow.field)
+        dear = not known and flow.base.n_dims > DEAR_TRACE
+        self._estimates_trace = options.divergence == "hutchinson" or (options.divergence == "auto" and dear)
         self.n_updates = 0
         self.best, self._best_weights = -math.inf, [p.detach().clone() for p in self.parameters]
 
@@ -128,13 +146,15 @@ class FlowTraining:
         """Maximum likelihood through the solver."""
         n = self.options.n_likelihood
         every = max(1, n // CHECKS)
-        done = 0
+        done, without, goal = 0, 0, self.best
         self._start_likelihood()
-        while done < n:
+        while done < n and without < self.options.n_checks_no_change:
             some = min(every, n - done)
-            self.history.likelihoods += self._likelihood_updates(some, done, n)
+            self.history.losses += self._likelihood_updates(some, done, n)
             done += some
-            self.check()
+            score = self.check()
+            without = 0 if score > goal + self.options.tol else without + 1
+            goal = max(goal, score)
 
     def check(self) -> float:
         """The held-out rows' mean log-density by the averaged weights, error-controlled; the best weights are kept."""
@@ -145,6 +165,10 @@ class FlowTraining:
             self.best, self._best_weights = score, [p.clone() for p in self._average]
         self.history.validation_scores.append(score)
         self._take(own)
+        if self._report is not None:
+            losses = self.history.losses or self.history.matching_losses or [math.nan]
+            seconds = time.perf_counter() - self._began
+            self._report(Epoch(self.n_updates, losses[-1], score, self.history.n_evals, seconds))
         return score
 
     @property
@@ -178,6 +202,8 @@ class FlowTraining:
         for k in range(n):
             self._set_rate(optimizer, rate * min((k + 1) / N_WARM, 1.0, 2 * (1 - k / n)))
             loss = loss_of(self._next_rows(batch_size))
+            if self._first_loss is None:
+                self._finite(float(loss.detach()))
             self._step(optimizer, loss)
             total = total + loss.detach()
             if (k + 1) % every == 0:
@@ -224,14 +250,14 @@ class FlowTraining:
     def _likelihood_loss(self, rows: Tensor) -> Tensor:
         x, options = self.rows.x[rows], self.options
         probe = None
-        if options.divergence == "hutchinson" or options.jacobian_penalty > 0:
+        if self._estimates_trace or options.jacobian_penalty > 0:
             probe = draw_probe(*x.shape, generator=self.generator, dtype=x.dtype, device=x.device)
         training = TrainingPass(
             self._first_step,
             options.error_penalty > 0,
             options.energy_penalty,
             options.jacobian_penalty,
-            options.divergence,
+            "hutchinson" if self._estimates_trace else "exact",
             probe,
         )
         found = self.flow.densities(x, self.solver, training=training, context=self._context(rows))
@@ -251,7 +277,8 @@ class FlowTraining:
         if n <= batch_size:
             return self._inside
         if self._position + batch_size > n:
-            self._order = self._inside[torch.randperm(n, generator=self.generator)]
+            if self.options.shuffle:
+                self._order = self._inside[torch.randperm(n, generator=self.generator)]
             self._position = 0
         rows = self._order[self._position : self._position + batch_size]
         self._position += batch_size
@@ -274,7 +301,8 @@ class FlowTraining:
             parameter.copy_(value)
 
     def _finite(self, loss: float) -> float:
-        if not math.isfinite(loss):
+        self._first_loss = loss if self._first_loss is None else self._first_loss
+        if not abs(loss) <= DIVERGED * max(abs(self._first_loss), 1.0):
             raise DivergenceError(
                 f"training diverged: the loss became {loss} at learning_rate_init="
                 f"{self.options.learning_rate_init:g}; lower learning_rate_init."

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from skode.runtime import key_uniforms, row_keys
+from skode.runtime import key_uniforms, kronecker_steps, row_keys
 
 _SMALLEST = 2.0**-53
 
@@ -29,17 +29,9 @@ class RowNoise:
 
     def __init__(self, X: NDArray[np.float64], n_columns: int, seed: int) -> None:
         self._start = torch.from_numpy(np.ascontiguousarray(key_uniforms(row_keys(X, seed), n_columns)))
-        self._step = torch.from_numpy(_steps(n_columns))
+        self._step = torch.from_numpy(kronecker_steps(n_columns))
 
     def draw(self, rows: Tensor, k: Tensor | int) -> Tensor:
         """Points of some rows in (0, 1), float64 (len(rows), m); ``k`` is a number, or one for each row."""
         count = k.unsqueeze(1) if isinstance(k, Tensor) else k
         return torch.remainder(self._start[rows] + count * self._step, 1.0).clamp_(_SMALLEST, 1 - _SMALLEST)
-
-
-def _steps(n_columns: int) -> NDArray[np.float64]:
-    root = 2.0
-    for _ in range(64):
-        root = (1 + root) ** (1 / (n_columns + 1))
-    steps: NDArray[np.float64] = root ** -np.arange(1.0, n_columns + 1)
-    return steps

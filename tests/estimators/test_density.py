@@ -157,8 +157,8 @@ def _reference(density, X):
     columns = density.columns_
     Z = torch.from_numpy(columns.standardise(X[:, columns.found.kept]))
     flow = density._flows[0].build(torch.float64, torch.device("cpu"))
-    found = in_blocks(Z, lambda block: flow.densities(block, exact_solver(1e-10)).log_density)
-    return found.numpy() - columns.log_scale
+    found = in_blocks(Z, lambda block, _: flow.densities(block, exact_solver(1e-10)).log_density, torch.device("cpu"))
+    return found - columns.log_scale
 
 
 def test_score_error_is_the_training_rows_largest(fitted, moons):
