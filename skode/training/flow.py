@@ -187,7 +187,8 @@ class FlowTraining:
         rows = torch.nonzero(self.rows.held_out).view(-1)
         if not len(rows):
             rows = self._inside
-        tight = replace(self.solver, method="tsit5", rtol=min(self.solver.rtol, 1e-4), atol=min(self.solver.atol, 1e-5))
+        rtol, atol = min(self.solver.rtol, 1e-4), min(self.solver.atol, 1e-5)
+        tight = replace(self.solver, method="tsit5", rtol=rtol, atol=atol, step_size=None)
         found = self.flow.densities(self.rows.x[rows], tight, context=self._context(rows))
         weights = self.rows.weights[rows]
         score = float((weights * found.log_density).sum() / weights.sum())
