@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.base import BaseEstimator
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from sklearn.decomposition import PCA
 from sklearn.ensemble import IsolationForest
@@ -84,16 +85,16 @@ SETS: dict[str, Callable[[np.random.Generator], Table]] = {
 }
 
 
-class BicMixture:
+class BicMixture(BaseEstimator):
     """The Gaussian mixture of the best BIC among 1 to 16 components."""
 
     def fit(self, X: np.ndarray, y: None = None) -> BicMixture:
         fits = [GaussianMixture(k, reg_covar=1e-4, random_state=0).fit(X) for k in (1, 2, 4, 8, 16) if k < len(X) // 10]
-        self.best = min(fits, key=lambda mixture: mixture.bic(X))
+        self.best_ = min(fits, key=lambda mixture: mixture.bic(X))
         return self
 
     def score_samples(self, X: np.ndarray) -> np.ndarray:
-        return np.asarray(self.best.score_samples(X))
+        return np.asarray(self.best_.score_samples(X))
 
 
 def detectors(seed: int) -> dict[str, Any]:

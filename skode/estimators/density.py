@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -19,7 +19,7 @@ from sklearn.base import (
     _fit_context,
 )
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.validation import _check_sample_weight, check_array, check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from skode.estimators.checks import unchanged_on_failure
 from skode.estimators.columns import Columns
@@ -27,10 +27,9 @@ from skode.estimators.fitted_flow import (
     SCORE_ERROR,
     Array,
     FittedFlow,
-    in_blocks,
-    refuse_nan,
 )
 from skode.estimators.flow_base import BaseFlow, distinct
+from skode.estimators.flow_queries import FlowQueries
 from skode.estimators.mixtures import fit_mixture
 from skode.exceptions import ConvergenceWarning
 from skode.models import Mixture
@@ -38,7 +37,7 @@ from skode.runtime import as_array, row_keys, seed_sequence, torch_generator
 from skode.training.flow import FlowRows, FlowTraining
 
 
-class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseFlow):
+class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, FlowQueries):
     """Density estimation by a continuous normalizing flow.
 
     A field carries a base distribution to the data; the log-density of a row is the base's, less what the flow's
@@ -412,73 +411,3 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
         rows = self._validated(X)
         Z = self.columns_.standardise(self.columns_.centres(rows))
         return self._flow_stats(Z, [1.0, 0.0], None, X.index if isinstance(X, pd.DataFrame) else None)
-
-    # --- samples and the base ---
-
-    def sample(self, n_samples: int = 1, random_state: Any = None, return_log_density: bool = False) -> Any:
-        """Rows drawn from the fitted density.
-
-        Parameters
-        ----------
-        n_samples : int, default=1
-        random_state : int, RandomState, Generator or None
-        return_log_density : bool, default=False
-            Also give the rows' log-densities.
-
-        Returns
-        -------
-        array of shape (n_samples, n_features_in_), and one of shape (n_samples,) on request
-            Discrete columns are rounded to their lattices.
-        """
-        check_is_fitted(self)
-        if not isinstance(n_samples, Integral) or n_samples < 0:
-            raise ValueError(f"n_samples={n_samples!r} must be a whole number, 0 or more.")
-        parts = seed_sequence(random_state).spawn(2)
-        member = np.random.default_rng(parts[0]).integers(len(self._flows), size=int(n_samples))
-        generator, device, solver = torch_generator(parts[1]), self._predicting_device(), self._sampling_solver()
-        Z = np.zeros((int(n_samples), self.columns_.n_kept))
-        for m, fitted in enumerate(self._flows):
-            rows = member == m
-            if fitted is not None and rows.any():
-                flow = fitted.build(torch.float64, device)
-                z = flow.base.sample(int(rows.sum()), generator)
-                Z[rows] = in_blocks(z, lambda block, _, flow=flow: flow.drawn(block, solver)[0], device)
-        X = self.columns_.restore(refuse_nan(Z, "sample"))
-        return (X, self._table_scores(X)[0]) if return_log_density else X
-
-    def transform(self, X: Any) -> Array:
-        """The rows' places in the base distribution."""
-        X = self._validated(X)
-        Z = self.columns_.standardise(self.columns_.centres(X))
-        if self.columns_.n_kept:
-            device, solver = self._predicting_device(), self._sampling_solver()
-            flow = self._single().build(torch.float64, device)
-            Z = in_blocks(Z, lambda block, _: flow.densities(block, solver).z, device)
-        return refuse_nan(Z, "place in the base")
-
-    def inverse_transform(self, Z: Any) -> Array:
-        """Rows of the table at places of the base distribution."""
-        check_is_fitted(self)
-        places = check_array(
-            as_array(Z),
-            dtype=np.float64,
-            order="C",
-            copy=True,
-            input_name="Z",
-            ensure_min_samples=0,
-            ensure_min_features=0,
-        )
-        if places.shape[1] != self.columns_.n_kept:
-            raise ValueError(f"Z must have shape (n, {self.columns_.n_kept}); got {places.shape}.")
-        if self.columns_.n_kept:
-            device, solver = self._predicting_device(), self._sampling_solver()
-            flow = self._single().build(torch.float64, device)
-            places = in_blocks(places, lambda block, _: flow.drawn(block, solver)[0], device)
-        return self.columns_.restore(refuse_nan(places, "row of the table"))
-
-    def _single(self) -> FittedFlow:
-        if len(self._flows) > 1:
-            raise ValueError(f"n_members={self.n_members} flows have no common base; use n_members=1 to transform.")
-        flow = self._flows[0]
-        assert flow is not None
-        return flow
