@@ -31,10 +31,10 @@ from skode.estimators.location import FoldedRegressor, Location, quantiles_of_me
 from skode.runtime import as_array, seed_sequence, torch_generator
 from skode.training.flow import FlowTraining
 
-POINTS = 64  # of a member's distribution of a single target; of several targets more
+POINTS = 32  # of a member's distribution of a single target; of several targets more
 POINTS_OF_MANY = 256
 FEW_POINTS = 16  # of a single target's, whose log-densities are averaged
-POINT_TOLERANCE = 1e-2  # of rtol and atol: points are to 1e-4 of the residuals' spread by default
+POINT_TOLERANCE = 0.1  # of rtol and atol: points are to 1e-3 of the residuals' spread by default
 CHUNK = 1024  # rows whose points are held at a time
 TAILS = np.array([1e-6, 1e-5, 1e-4, 1e-3])  # probabilities at which quantiles are always known
 
@@ -67,7 +67,7 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
     method : str, default="auto"
         Solver of training and predictions.
     rtol, atol : float, default=1e-2, 1e-3
-        Tolerances of the solves in training; predictions are solved to a hundredth of them, those of now.
+        Tolerances of the solves in training; predictions are solved to a tenth of them, those of now.
     step_size : float, optional
         Of a method of fixed steps.
     max_num_steps : int, default=10000

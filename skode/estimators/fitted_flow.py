@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,8 @@ SCORE_ERROR = 0.01  # nats: what the solver may add to a log-density
 LOOSEST, TIGHTEST = 1e-5, 1e-10  # tolerances of scores
 CHECK = 0.01  # of a score's tolerance: the second solve, whose own error is then far below the difference
 FLOOR = 1e-8  # nats; the second solve's error, where both are smaller than any tolerance asks for
+BLOCK_ROWS = 512  # of a solve: as fast a row as larger blocks, and a single row, which fills one, costs the least then
+CHUNK_ROWS, CHUNK_NUMBERS = 2**16, 2**21  # at most, of what is worked on at a time: it bounds the memory
 CONTEXT_START = 0.1  # of the usual weights: conditions are let in slowly, since few rows are soon learned by heart
 LOWEST = -1e300  # nats: log-densities of rows so far away that squares overflow
 
@@ -98,7 +100,8 @@ def bounded_log_density(
     if fitted is None:
         return values, errors
     flow = fitted.build(torch.float64, device)
-    rtol, open_ = LOOSEST, np.arange(len(Z))
+    # A block takes as many steps as its slowest row: rows as far from the middle as each other need about as many.
+    rtol, open_ = LOOSEST, np.linalg.norm(Z, axis=1).argsort(kind="stable")
     while len(open_) and rtol >= TIGHTEST / 2:
         some = None if context is None else context[open_]
         found, check = (_solved(flow, Z[open_], some, device, tolerance) for tolerance in (rtol, rtol * CHECK))
@@ -119,9 +122,9 @@ def exact_solver(rtol: float) -> SolverOptions:
     return SolverOptions("dopri5" if rtol > 2e-7 else "dopri8", rtol, rtol * 0.1, None, 100_000)
 
 
-def refuse_nan(found: Array, what: str) -> Array:
-    """What was found for rows, (n, ...), unless the solver failed for some of them."""
-    rows = np.flatnonzero(np.isnan(found).any(axis=1)).tolist()
+def refuse_nan(found: Array, what: str, start: int = 0) -> Array:
+    """What was found for rows from ``start`` on, (n, ...), unless the solver failed for some of them."""
+    rows = (start + np.flatnonzero(np.isnan(found).any(axis=1))).tolist()
     if rows:
         raise SolverError(
             f"no {what} was found for row {rows[0]} and {len(rows) - 1} others: the solver left the finite numbers or "
@@ -139,7 +142,7 @@ def in_blocks(
     context: Array | None = None,
 ) -> Array:
     """A function of rows and their contexts in blocks of one fixed shape: a row's result has the same bits anywhere."""
-    d, size = Z.shape[1], block_size(1, Z.shape[1])
+    d, size = Z.shape[1], _block_rows(Z.shape[1])
     both = torch.as_tensor(Z if context is None else np.concatenate([Z, context], axis=1))
     parts = []
     for rows, block in blocks(both, size):
@@ -147,3 +150,19 @@ def in_blocks(
         found = function(state.contiguous(), None if context is None else given.contiguous())
         parts.append(to_numpy(found[: rows.stop - rows.start]))
     return np.concatenate(parts) if parts else to_numpy(function(both[:, :d].to(device), both[:, d:].to(device)))
+
+
+def chunks(n_rows: int, n_dims: int, places: int = 1) -> Iterator[slice]:
+    """Rows to work on at a time, of whole blocks: more rows need no more memory.
+
+    ``places`` is how many points of ``n_dims`` components each row has.
+    """
+    size = _block_rows(n_dims)
+    rows = min(CHUNK_ROWS, CHUNK_NUMBERS // (places * max(n_dims, 1)))
+    rows = max(size, rows // size * size)
+    for start in range(0, n_rows, rows):
+        yield slice(start, min(start + rows, n_rows))
+
+
+def _block_rows(n_dims: int) -> int:
+    return min(BLOCK_ROWS, block_size(1, max(n_dims, 1)))

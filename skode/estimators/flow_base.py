@@ -24,6 +24,7 @@ from skode.estimators.fitted_flow import (
     FieldPlan,
     FittedFlow,
     bounded_log_density,
+    chunks,
     exact_solver,
     in_blocks,
     refuse_nan,
@@ -257,25 +258,34 @@ class BaseFlow(BaseEstimator):
     # --- densities ---
 
     def _table_scores(
-        self, X: Array, shift: Array | float = 0.0, scale: Array | float = 1.0, context: Array | None = None
+        self, X: Array, shift: Array | None = None, scale: Array | float = 1.0, context: Array | None = None
     ) -> tuple[Array, Array]:
         """Log-densities of the columns' table and bounds on the solver's errors, both (n,).
 
         The flows are of the standardised rows' distances from a shift (n, d), in units of a scale (d,).
         """
-        columns = self.columns_
-        k = CELL_POINTS if columns.has_cells else 1
+        k = CELL_POINTS if self.columns_.has_cells else 1
+        scores, errors = np.empty(len(X)), np.empty(len(X))
+        for rows in chunks(len(X), self.columns_.n_kept, k):
+            own = [None if part is None else part[rows] for part in (shift, context)]
+            scores[rows], errors[rows] = self._chunk_scores(X[rows], own[0], scale, own[1], k)
+        return refuse_nan(scores[:, None], "log-density")[:, 0], errors
+
+    @np.errstate(invalid="ignore")  # rows without a log-density are refused when all chunks are known
+    def _chunk_scores(
+        self, X: Array, shift: Array | None, scale: Array | float, context: Array | None, k: int
+    ) -> tuple[Array, Array]:
+        columns, device = self.columns_, self._predicting_device()
         places = columns.standardise(columns.centres(X) + (columns.cell_noise(X, k) if k > 1 else 0.0))
-        places = ((places - shift) / scale).reshape(k * len(X), columns.n_kept)
+        if shift is not None:
+            places = (places - shift) / scale
+        places = places.reshape(k * len(X), columns.n_kept)
         contexts = None if context is None else np.tile(context, (k, 1))
-        device = self._predicting_device()
         found = [bounded_log_density(flow, places, device, contexts) for flow in self._flows]
-        refuse_nan(np.sum([values for values, _ in found], axis=0).reshape(k, -1).T, "log-density")
         log_standardised = np.logaddexp.reduce([values for values, _ in found]) - math.log(len(found))
         errors = np.max([errors for _, errors in found], axis=0)
         log_density, _ = columns.log_density(X, log_standardised.reshape(k, -1))
-        log_density -= float(np.log(scale).sum())
-        return log_density, errors.reshape(k, -1).max(axis=0, initial=0.0)
+        return log_density - float(np.log(scale).sum()), errors.reshape(k, -1).max(axis=0, initial=0.0)
 
     def _flow_stats(self, Z: Array, times: list[float], context: Array | None, index: Any) -> pd.DataFrame:
         """What the solver did on the way of each row, summed over the flows."""

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from skode.estimators.column_kinds import column_name
 from skode.estimators.conditioning import N_FITTED, conditioned
-from skode.estimators.fitted_flow import Array, FittedFlow, bounded_log_density, exact_solver, in_blocks, refuse_nan
+from skode.estimators.fitted_flow import (
+    Array,
+    FittedFlow,
+    bounded_log_density,
+    chunks,
+    exact_solver,
+    in_blocks,
+    refuse_nan,
+)
 from skode.estimators.flow_base import BaseFlow
 from skode.exceptions import ConvergenceWarning
 from skode.models.flow import ContinuousFlow
@@ -65,24 +73,27 @@ class FlowQueries(BaseFlow):
         if not isinstance(n_samples, Integral) or n_samples < 0:
             raise ValueError(f"n_samples={n_samples!r} must be a whole number, 0 or more.")
         parts = seed_sequence(random_state).spawn(3)
+        member, generator = np.random.default_rng(parts[0]), torch_generator(parts[1])
         if given:
             b, values = self._conditions(given)
-            X, log_marginal = self._conditioned(int(n_samples), parts, b, values)
-        else:
-            X, log_marginal = self._drawn(int(n_samples), parts), 0.0
-        return (X, self._table_scores(X)[0] - log_marginal) if return_log_density else X
+            samples = self._drawn(N_FITTED, member, generator)
+            X, log_marginal = self._conditioned(int(n_samples), samples, np.random.default_rng(parts[2]), b, values)
+            return (X, self._table_scores(X)[0] - log_marginal) if return_log_density else X
+        X, log_density = np.empty((int(n_samples), self.n_features_in_)), np.empty(int(n_samples))
+        for rows in chunks(int(n_samples), self.columns_.n_kept):
+            X[rows] = self.columns_.restore(self._drawn(rows.stop - rows.start, member, generator))
+            if return_log_density:
+                log_density[rows] = self._table_scores(X[rows])[0]
+        return (X, log_density) if return_log_density else X
 
-    def _drawn(self, n: int, parts: list[np.random.SeedSequence]) -> Array:
-        return self.columns_.restore(self._drawn_standardised(n, parts))
-
-    def _drawn_standardised(self, n: int, parts: list[np.random.SeedSequence]) -> Array:
-        member = np.random.default_rng(parts[0]).integers(len(self._flows), size=n)
-        generator, device = torch_generator(parts[1]), self._predicting_device()
+    def _drawn(self, n: int, members: np.random.Generator, generator: torch.Generator) -> Array:
+        """Standardised rows."""
         Z = np.zeros((n, self.columns_.n_kept))
+        member = members.integers(len(self._flows), size=n)
         for m, fitted in enumerate(self._flows):
             rows = member == m
             if fitted is not None and rows.any():
-                flow = fitted.build(torch.float64, device)
+                flow = fitted.build(torch.float64, self._predicting_device())
                 Z[rows] = self._carried(flow, flow.base.sample(int(rows.sum()), generator))
         return refuse_nan(Z, "sample")
 
@@ -113,12 +124,12 @@ class FlowQueries(BaseFlow):
         order = np.array(sorted(places))
         return order, np.array([places[place] for place in order.tolist()])
 
-    def _conditioned(self, n: int, parts: list[np.random.SeedSequence], b: Array, values: Array) -> tuple[Array, float]:
+    def _conditioned(
+        self, n: int, samples: Array, rng: np.random.Generator, b: Array, values: Array
+    ) -> tuple[Array, float]:
         """Rows, and the log-density of the given values in the units of X."""
         columns = self.columns_
         standardised = (values - columns.mean[b]) / columns.scale[b]
-        samples = self._drawn_standardised(N_FITTED, parts)
-        rng = np.random.default_rng(parts[2])
         found = conditioned(samples, self._standardised_scores, b, standardised, n, rng)
         if found.effective_size < n:
             warnings.warn(
@@ -177,11 +188,13 @@ class FlowQueries(BaseFlow):
         """The rows' places in the base distribution."""
         check_is_fitted(self)
         X = validate_data(self, as_array(X), dtype=np.float64, reset=False)
-        Z = self.columns_.standardise(self.columns_.centres(X))
-        if self.columns_.n_kept:
+        columns, Z = self.columns_, np.zeros((len(X), self.columns_.n_kept))
+        if columns.n_kept:
             device, solver = self._predicting_device(), self._sampling_solver()
             flow = self._single().build(torch.float64, device)
-            Z = in_blocks(Z, lambda block, _: flow.densities(block, solver).z, device)
+            for rows in chunks(*Z.shape):
+                standardised = columns.standardise(columns.centres(X[rows]))
+                Z[rows] = in_blocks(standardised, lambda block, _: flow.densities(block, solver).z, device)
         return refuse_nan(Z, "place in the base")
 
     def inverse_transform(self, Z: Any) -> Array:
@@ -200,7 +213,8 @@ class FlowQueries(BaseFlow):
             raise ValueError(f"Z must have shape (n, {self.columns_.n_kept}); got {places.shape}.")
         if self.columns_.n_kept:
             flow = self._single().build(torch.float64, self._predicting_device())
-            places = self._carried(flow, places)
+            for rows in chunks(*places.shape):
+                places[rows] = self._carried(flow, places[rows])
         return self.columns_.restore(refuse_nan(places, "row of the table"))
 
     def _single(self) -> FittedFlow:

@@ -27,7 +27,7 @@ Array = NDArray[np.float64]
 # may do without, and with few rows wants much.
 SHRINKAGES = (1e-3, 1e-2, 0.05, 0.2)
 SINGLE_SHRINKAGES = (0.0, *SHRINKAGES, 0.5, 1.0)
-SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 VARIANCE_FLOOR = 1e-6  # of standardised rows, added to every variance
 ROUND_OFF = 1e-10  # of a component's largest variance, added as well: a far row must not undo the factorisation
 FEW_ROWS = 200

@@ -40,6 +40,8 @@ class Activation:
         ``slope(saved)``, the derivative; autograd can differentiate it.
     curve : callable, optional
         ``curve(saved, slope)``, the second derivative; None where it is zero.
+    bend : float, optional
+        k, where the second derivative is k times the output times the slope.
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -49,6 +51,15 @@ class Activation:
     backward_: Callable[[Tensor, Tensor], object]
     slope: Callable[[Tensor], Tensor]
     curve: Callable[[Tensor, Tensor], Tensor] | None = None
+    bend: float | None = None
+
+    def pull_slope(self, a: Tensor, b: Tensor, saved: Tensor, slope: Tensor) -> Tensor:
+        """The cotangent of the input from those of the output, ``a``, and of the slope, ``b``."""
+        if self.bend is not None:
+            return torch.addcmul(a, b, saved, value=self.bend) * slope
+        if self.curve is None:
+            return a * slope
+        return torch.addcmul(a * slope, b, self.curve(saved, slope))
 
     def __reduce__(self) -> tuple[Callable[[str], Activation], tuple[str]]:
         """By its name, since torch's own functions cannot be pickled."""
@@ -105,8 +116,9 @@ ACTIVATIONS: dict[str, Activation] = {
         True,
         torch.tanh,
         lambda a, y: _tanh_backward(a, y, grad_input=a),
-        lambda y: 1 - y * y,
+        lambda y: torch.addcmul(y.new_ones(()), y, y, value=-1),
         lambda y, slope: -2 * y * slope,
+        -2.0,
     ),
     "logistic": Activation(
         torch.sigmoid,

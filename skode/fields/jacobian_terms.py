@@ -30,8 +30,8 @@ class Term(ABC):
     """A number for each row."""
 
     @abstractmethod
-    def prepare(self, weights: Tensors) -> Tensor | None:
-        """What all rows share, once for each set of parameters."""
+    def prepare(self, weights: Tensors) -> Any:
+        """What all rows share, once for each set of weights."""
 
     @abstractmethod
     def evaluate(self, weights: Tensors, shared: Any, slopes: Tensors) -> tuple[Tensor, Any]:

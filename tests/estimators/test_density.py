@@ -14,7 +14,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from skode import ContinuousFlowDensity
-from skode.estimators.fitted_flow import exact_solver, in_blocks
+from skode.estimators.fitted_flow import CHUNK_NUMBERS, chunks, exact_solver, in_blocks
 from skode.exceptions import DivergenceError
 
 QUICK = {"max_iter": 8, "hidden_layer_sizes": 16, "random_state": 0}
@@ -175,6 +175,35 @@ def test_a_row_has_its_log_density_in_any_company(fitted, moons, option):
     np.testing.assert_array_equal(density.score_samples(moons[7:9]), together[7:9])
     company = np.concatenate([[[1e5, -1e5]], moons[:3]])
     np.testing.assert_array_equal(density.score_samples(company)[1:], together[:3])
+
+
+@pytest.mark.parametrize(("n_dims", "places"), [(0, 1), (2, 1), (30, 8), (10**5, 1)])
+def test_what_is_worked_on_at_a_time_does_not_grow_with_the_table(n_dims, places):
+    few, many = list(chunks(10**6, n_dims, places)), list(chunks(10**7, n_dims, places))
+    assert [row.start for row in many] == [0, *(row.stop for row in many[:-1])] and many[-1].stop == 10**7
+    assert few[0] == many[0] and few[0].stop * n_dims * places <= max(CHUNK_NUMBERS, 512 * n_dims)
+    assert not list(chunks(0, n_dims, places))
+
+
+@pytest.mark.parametrize("option", ["auto", "members", "planar"])
+def test_tables_larger_than_what_is_worked_on_at_a_time_have_the_same_results(fitted, moons, option, monkeypatch):
+    density, bases = fitted(option), None
+    whole = density.score_samples(moons, return_error=True)
+    if option != "members":
+        bases = density.transform(moons)
+        back = density.inverse_transform(bases)
+    monkeypatch.setattr("skode.models.blocks.BLOCK_STATES", 64)
+    monkeypatch.setattr("skode.estimators.fitted_flow.CHUNK_ROWS", 128)
+    parts = density.score_samples(moons, return_error=True)
+    np.testing.assert_allclose(parts[0], whole[0], atol=1e-7)
+    np.testing.assert_allclose(parts[1], whole[1], atol=1e-7)
+    np.testing.assert_array_equal(density.score_samples(moons[150:]), parts[0][150:])
+    X, log_density = density.sample(300, random_state=0, return_log_density=True)
+    np.testing.assert_array_equal(density.score_samples(X), log_density)
+    assert len(np.unique(X, axis=0)) == 300
+    if bases is not None:
+        np.testing.assert_allclose(density.transform(moons), bases, atol=1e-5)
+        np.testing.assert_allclose(density.inverse_transform(bases), back, atol=1e-5)
 
 
 def test_score_is_the_mean(fitted, moons):

@@ -68,6 +68,9 @@ def test_slopes_and_curves_of_activations_are_autograds(activation: str) -> None
         (curve,) = torch.autograd.grad(slope.sum(), x, materialize_grads=True, allow_unused=True)
     found = torch.zeros_like(x) if chosen.curve is None else chosen.curve(saved, chosen.slope(saved))
     torch.testing.assert_close(found, curve, rtol=1e-9, atol=1e-12)
+    a, b = torch.linspace(-1, 2, 8, dtype=torch.float64), torch.linspace(3, -2, 8, dtype=torch.float64)
+    both = chosen.pull_slope(a, b, saved, chosen.slope(saved))
+    torch.testing.assert_close(both, a * slope + b * curve, rtol=1e-9, atol=1e-12)
 
 
 @on_all_activations

@@ -90,6 +90,18 @@ def test_integrands_are_divergence_energy_and_norm(kind: str, hidden: tuple[int,
     assert_close(norm[:, 0], expected, 1e-12)
 
 
+@on_all_activations
+@at_all_times
+@with_all_depths
+def test_values_without_gradients_are_those_with(activation: str, kind: str, hidden: tuple[int, ...]) -> None:
+    field, context = flow_field(1, 3, hidden, activation, n_context=2), random_states(4, 6, 2)
+    t, y = times_for(kind, 6), random_states(2, 6, 3)
+    for integrands in ({}, {"trace": False, "jacobian": True}, {"energy": True, "jacobian": True}):
+        dynamics = field.dynamics(context, **integrands)
+        assert_close(torch.no_grad()(dynamics)(t, y), dynamics(t, y), 1e-13)
+    assert torch.equal(y, random_states(2, 6, 3)) and torch.equal(context, random_states(4, 6, 2))
+
+
 @with_all_depths
 def test_the_norm_by_a_probe_is_right_on_average(hidden: tuple[int, ...]) -> None:
     field = flow_field(1, 3, hidden)
