@@ -31,7 +31,7 @@ from skode.estimators.location import FoldedRegressor, Location, quantiles_of_me
 from skode.runtime import as_array, seed_sequence, torch_generator
 from skode.training.flow import FlowTraining
 
-POINTS = 32  # of a member's distribution of a single target; of several targets more
+POINTS = 64  # of a member's distribution of a single target; of several targets more
 POINTS_OF_MANY = 256
 FEW_POINTS = 16  # of a single target's, whose log-densities are averaged
 POINT_TOLERANCE = 0.1  # of rtol and atol: points are to 1e-3 of the residuals' spread by default

