@@ -200,9 +200,9 @@ class SkodeStep:
         defaults, (n, d) = ContinuousFlowDensity(), rows.shape
         noise = RowNoise(rows.double().numpy(), 2 * d + 2, 0)
         table = FlowRows(rows, torch.ones(n), noise, torch.zeros(n, dtype=torch.bool))
-        self.solver = solver or defaults._solver()
+        self.solver = solver or defaults._training_solver()
         generator = torch.Generator().manual_seed(0)
-        options = defaults._options(True)
+        options = defaults._flow_options(True, True, "auto")
         self._training = FlowTraining(flow, LinearPath(), table, lambda u: u, self.solver, options, generator)
         self._training._start_likelihood()
         self._training._set_rate(self._training._adam, 1e-4)
