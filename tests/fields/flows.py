@@ -47,3 +47,16 @@ def traces(field: Callable[[Tensor, Tensor], Tensor], t: Tensor, y: Tensor) -> T
 
 def assert_close(found: Tensor, wanted: Tensor, tolerance: float = 1e-11) -> None:
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+def written_down(field: FlowField, t: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:
+    """The velocity, layer by layer, with torch's own activations."""
+    functions = {"identity": lambda x: x, "logistic": torch.sigmoid}
+    functions |= {name: getattr(torch.nn.functional, name) for name in ("relu", "silu", "softplus")}
+    x, layers = y, field.flow_layers
+    for layer in layers[:-1]:
+        shift = layer.bias + t * layer.drift
+        if context is not None:
+            shift = shift + context @ layer.context.T
+        x = functions.get(field.activation, torch.tanh)((1 + t * layer.gate) * (x @ layer.weight.T) + shift)
+    return x @ layers[-1].weight.T + layers[-1].bias + t * layers[-1].drift

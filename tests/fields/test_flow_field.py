@@ -17,7 +17,7 @@ from skode.fields import ACTIVATIONS, FlowField, draw_probe, traced
 from skode.solver import Dynamics, solve
 from skode.solver.dynamics import as_dynamics
 from tests.derivatives import KINDS_OF_TIMES, assert_derivatives_are_autograds, times_for
-from tests.fields.flows import assert_close, flow_field, jacobians, planar_field, traces
+from tests.fields.flows import assert_close, flow_field, jacobians, planar_field, traces, written_down
 from tests.problems import Plain, random_states
 
 HIDDEN = [(5,), (5, 4), (4, 5, 3)]
@@ -27,19 +27,6 @@ on_all_activations = pytest.mark.parametrize("activation", ACTIVATIONS)
 at_all_times = pytest.mark.parametrize("kind", KINDS_OF_TIMES)
 with_all_depths = pytest.mark.parametrize("hidden", HIDDEN)
 with_both_controls = pytest.mark.parametrize("control", ["row", "batch"])
-
-
-def written_down(field: FlowField, t: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:
-    """The velocity, layer by layer, with torch's own activations."""
-    functions = {"identity": lambda x: x, "logistic": torch.sigmoid}
-    functions |= {name: getattr(torch.nn.functional, name) for name in ("relu", "silu", "softplus")}
-    x, layers = y, field.flow_layers
-    for layer in layers[:-1]:
-        shift = layer.bias + t * layer.drift
-        if context is not None:
-            shift = shift + context @ layer.context.T
-        x = functions.get(field.activation, torch.tanh)((1 + t * layer.gate) * (x @ layer.weight.T) + shift)
-    return x @ layers[-1].weight.T + layers[-1].bias + t * layers[-1].drift
 
 
 def columns(value: Tensor, d: int) -> list[Tensor]:
