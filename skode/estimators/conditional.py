@@ -28,7 +28,7 @@ from skode.estimators.columns import Columns
 from skode.estimators.fitted_flow import Array, FittedFlow, in_blocks, refuse_nan
 from skode.estimators.flow_base import BaseFlow, distinct
 from skode.estimators.location import FoldedRegressor, Location, quantiles_of_mean
-from skode.runtime import as_array, seed_sequence, torch_generator
+from skode.runtime import as_array, key_uniforms, row_keys, seed_sequence, torch_generator
 from skode.training.flow import FlowTraining
 
 POINTS = 64  # of a member's distribution of a single target; of several targets more
@@ -64,31 +64,21 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
         Flows whose densities are averaged.
     energy_penalty, jacobian_penalty, error_penalty : float, default=0.0, 0.0, 1e-3
         As for :class:`ContinuousFlowDensity`.
-    method : str, default="auto"
-        Solver of training and predictions.
+    method, step_size, max_num_steps, gradient : default="auto", None, 10000, "discrete"
+        As for :class:`ContinuousFlowDensity`.
     rtol, atol : float, default=1e-2, 1e-3
         Tolerances of the solves in training; predictions are solved to a tenth of them, those of now.
-    step_size : float, optional
-        Of a method of fixed steps.
-    max_num_steps : int, default=10000
-        Steps a solve may take.
-    gradient : {"discrete", "adjoint", "reversible"}, default="discrete"
-        How training differentiates through the solver.
-    device : str or torch.device, default="auto"
-    dtype : "auto", "float32", "float64" or NumPy dtype, default="auto"
-        Of training; "auto" is that of X. Predictions of the flow are computed in float64.
+    device, dtype : default="auto"
+        Of training; the dtype "auto" is that of X. Predictions of the flow are computed in float64.
     alpha : float, default=0.0
         L2 penalty on the flow's weights.
     batch_size : int, default=256
         Half the rows of an update by likelihood.
-    learning_rate_init : float, default=5e-3
+    learning_rate_init, shuffle, random_state, verbose : default=5e-3, True, None, False
     max_iter : int, default=200
         Updates by likelihood.
-    shuffle : bool, default=True
-    random_state : int, RandomState, Generator or None, default=None
     tol : float, default=0.0
         By which the held-out likelihood has to rise.
-    verbose : bool or int, default=False
     warm_start : bool, default=False
         Whether another fit goes on with the flows of the last one; the mean is fitted anew.
     early_stopping : bool or "auto", default="auto"
@@ -255,13 +245,15 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
         first, weight = distinct(content, weight[weight > 0], seed)
         content = content[first]
         X, Y = np.split(content, [X.shape[1]], axis=1)
+        if not fresh and Y.shape[1] != (k := len(self.columns_.kinds)):
+            raise ValueError(f"y has {Y.shape[1]} targets; the model that warm_start goes on with has {k}.")
         if fresh:
             self.columns_ = Columns.fit(Y, weight, self.discrete)
             for message in self.columns_.messages("y"):
                 warnings.warn(message, UserWarning, stacklevel=4)
         self.column_kinds_ = self.columns_.kinds
         Z = self.columns_.standardise(self.columns_.dequantise(Y, seed, content=content))
-        mean = FoldedRegressor.of(self.device, self.dtype, int(seeds[1].generate_state(1)[0]))
+        mean = FoldedRegressor.of(self.device, self.dtype_, int(seeds[1].generate_state(1)[0]))
         self._location, R, context = Location.fit(mean, X, Z, weight, None if fresh else self._location)
         self.location_ = self._location.mean
         earlier = [None] * int(self.n_members) if fresh else self._earlier()
@@ -321,13 +313,22 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
         """
         predicted, context = self._prepare(X)
         for rows in gen_batches(len(predicted), CHUNK):
-            members = [self._member_points(flow, predicted[rows], context[rows], probabilities) for flow in self._flows]
+            numbers = np.arange(rows.start, rows.stop)
+            members = [
+                self._member_points(flow, predicted[rows], context[rows], probabilities, numbers)
+                for flow in self._flows
+            ]
             Z = np.stack(members)
             *sizes, d = Z.shape
             yield self.columns_.restore(Z.reshape(math.prod(sizes), d), snap=False).reshape(*sizes, -1)
 
     def _member_points(
-        self, fitted: FittedFlow | None, predicted: Array, context: Array, probabilities: Array
+        self,
+        fitted: FittedFlow | None,
+        predicted: Array,
+        context: Array,
+        probabilities: Array,
+        numbers: NDArray[np.int64],
     ) -> Array:
         """Standardised."""
         if fitted is None:
@@ -341,15 +342,16 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
         else:
             points = base.points(POINTS if d == 1 else POINTS_OF_MANY)
         k = len(points)
-        drawn = self._carried(fitted, np.tile(points.numpy(), (n, 1)), np.repeat(context, k, axis=0))
+        context, numbers = np.repeat(context, k, axis=0), np.repeat(numbers, k)
+        drawn = self._carried(fitted, np.tile(points.numpy(), (n, 1)), context, numbers)
         return predicted[:, None] + drawn.reshape(n, k, d)
 
-    def _carried(self, fitted: FittedFlow, start: Array, context: Array) -> Array:
+    def _carried(self, fitted: FittedFlow, start: Array, context: Array, numbers: NDArray[np.int64]) -> Array:
         """Standardised residuals (n, d) at points of a flow's base."""
         device, solver = self._predicting_device(), self._sampling_solver(POINT_TOLERANCE)
         flow = fitted.build(torch.float64, device)
         found = in_blocks(start, lambda block, given: flow.drawn(block, solver, given)[0], device, context)
-        return np.asarray(refuse_nan(found, "target") * self._location.residual_scale)
+        return np.asarray(refuse_nan(found, "target", numbers) * self._location.residual_scale)
 
     def predict(self, X: Any, return_std: bool = False, quantiles: Any = None) -> Any:
         """Means, standard deviations or quantiles of y | x.
@@ -390,8 +392,10 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
         nodes = np.unique(np.concatenate([q, TAILS, 1 - TAILS, (np.arange(POINTS) + 0.5) / POINTS]))
         parts = []
         for Y in self._points(X, nodes):
-            if Y.shape[-1] == 1 and self.columns_.n_kept == 1:
-                parts.append(quantiles_of_mean(Y[..., 0], nodes, q)[:, None])
+            if self.columns_.n_kept == 1:
+                parts.append(
+                    np.stack([quantiles_of_mean(target, nodes, q) for target in np.moveaxis(Y, -1, 0)], axis=1)
+                )
             else:
                 parts.append(np.moveaxis(np.quantile(Y, q, axis=(0, 2), method="hazen"), 0, -1))
         return self._shaped(np.concatenate(parts))
@@ -413,23 +417,25 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
         Returns
         -------
         array of shape (n_samples, len(X)) or (n_samples, len(X), n_targets)
-            Discrete targets are rounded to their lattices.
+            Discrete targets are rounded to their lattices. A row's draws depend on its content and ``random_state``
+            alone: equal rows have equal draws, in any company.
         """
         if not isinstance(n_samples, Integral) or n_samples < 0:
             raise ValueError(f"n_samples={n_samples!r} must be a whole number, 0 or more.")
         predicted, context = self._prepare(X)
-        parts = seed_sequence(random_state).spawn(2)
-        n = int(n_samples) * len(predicted)
-        row = np.arange(n) % len(predicted)
-        member = np.random.default_rng(parts[0]).integers(len(self._flows), size=n)
-        generator = torch_generator(parts[1])
-        Z = predicted[row]
+        rows, (n, d) = np.asarray(as_array(X), np.float64), predicted.shape
+        seed = int(seed_sequence(random_state).generate_state(1)[0])
+        u = key_uniforms(row_keys(rows, seed), int(n_samples) * (2 * d + 2)).reshape(n * int(n_samples), 2 * d + 2)
+        member = (u[:, 0] * len(self._flows)).astype(np.int64)
+        number = np.repeat(np.arange(n), int(n_samples))
+        Z = predicted[number]
         for m, fitted in enumerate(self._flows):
             own = np.flatnonzero(member == m)
             if fitted is not None and len(own):
-                start = fitted.build(torch.float64, torch.device("cpu")).base.sample(len(own), generator).numpy()
-                Z[own] += self._carried(fitted, start, context[row[own]])
-        Y = self.columns_.restore(Z).reshape(int(n_samples), len(predicted), len(self.columns_.kinds))
+                base = fitted.build(torch.float64, torch.device("cpu")).base
+                start = base.placed(torch.from_numpy(u[own, 1:])).numpy()
+                Z[own] += self._carried(fitted, start, context[number[own]], number[own])
+        Y = self.columns_.restore(Z).reshape(n, int(n_samples), len(self.columns_.kinds)).swapaxes(0, 1)
         return Y[:, :, 0] if self._one_dimensional else Y
 
     # --- densities ---

@@ -310,7 +310,10 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
         order = np.argsort(scores)
         share = np.cumsum(weight[order]) / weight.sum()
         below = scores[order][np.searchsorted(share, self.contamination * (1 - 1e-12))]
-        self.offset_ = float(np.nextafter(below, np.inf))
+        # Rows as dense as the last outlier are inliers if that is nearer to the share asked for.
+        wanted = self.contamination * weight.sum()
+        too_many = weight[scores <= below].sum() - wanted > wanted - weight[scores < below].sum()
+        self.offset_ = float(below if too_many else np.nextafter(below, np.inf))
 
     def _fit_flow(
         self,
@@ -394,6 +397,10 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
         check_is_fitted(self)
         checked: Array = validate_data(self, as_array(X), dtype=np.float64, reset=False)
         return checked
+
+    def transform(self, X: Any) -> Array:
+        """The rows' places in the base distribution."""
+        return self._places(X)
 
     def solver_stats(self, X: Any) -> pd.DataFrame:
         """What the solver did for every row on its way to the base; never raises for a failed solve.

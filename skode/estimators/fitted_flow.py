@@ -101,7 +101,9 @@ def bounded_log_density(
         return values, errors
     flow = fitted.build(torch.float64, device)
     # A block takes as many steps as its slowest row: rows as far from the middle as each other need about as many.
-    rtol, open_ = LOOSEST, np.linalg.norm(Z, axis=1).argsort(kind="stable")
+    with np.errstate(over="ignore"):
+        order = np.linalg.norm(Z, axis=1).argsort(kind="stable")
+    rtol, open_ = LOOSEST, order
     while len(open_) and rtol >= TIGHTEST / 2:
         some = None if context is None else context[open_]
         found, check = (_solved(flow, Z[open_], some, device, tolerance) for tolerance in (rtol, rtol * CHECK))
@@ -122,13 +124,15 @@ def exact_solver(rtol: float) -> SolverOptions:
     return SolverOptions("dopri5" if rtol > 2e-7 else "dopri8", rtol, rtol * 0.1, None, 100_000)
 
 
-def refuse_nan(found: Array, what: str, start: int = 0) -> Array:
-    """What was found for rows from ``start`` on, (n, ...), unless the solver failed for some of them."""
-    rows = (start + np.flatnonzero(np.isnan(found).any(axis=1))).tolist()
+def refuse_nan(found: Array, what: str, numbers: NDArray[np.int64] | None = None) -> Array:
+    """What was found for rows, (n, ...), unless the solver failed for some of them; ``numbers`` are the rows' in X."""
+    failed = np.flatnonzero(np.isnan(found).any(axis=1))
+    rows = np.unique(failed if numbers is None else numbers[failed]).tolist()
     if rows:
         raise SolverError(
             f"no {what} was found for row {rows[0]} and {len(rows) - 1} others: the solver left the finite numbers or "
-            "came to no end; such rows lie too far from those of the fit.",
+            "took more than max_num_steps steps. Such rows may lie too far from those of the fit; else raise "
+            "max_num_steps or rtol.",
             rows,
         )
     return found

@@ -156,8 +156,13 @@ class BaseFlow(BaseEstimator):
         keys, distinct = np.unique(row_keys(content, seed), return_inverse=True)
         if self.early_stopping is False or (self.early_stopping == "auto" and len(keys) < FEWEST_ROWS):
             return np.zeros(len(content), dtype=bool)
-        share = np.cumsum(np.bincount(distinct, weights=weight)) / weight.sum() - part * self.validation_fraction
-        held: NDArray[np.bool_] = ((share > 0) & (share <= self.validation_fraction))[distinct]
+        total = np.bincount(distinct, weights=weight)
+        share = (np.cumsum(total) - total / 2) / weight.sum() - part * self.validation_fraction
+        picked = (share >= 0) & (share < self.validation_fraction)
+        if not picked.any() and self.early_stopping == "auto":
+            # A row of large weight spans the part: the one nearest to its middle stands for it.
+            picked[np.abs(share - self.validation_fraction / 2).argmin()] = True
+        held: NDArray[np.bool_] = picked[distinct]
         if not held.any():
             raise ValueError(
                 f"early_stopping with validation_fraction={self.validation_fraction} holds out none of {len(keys)} "
@@ -194,6 +199,11 @@ class BaseFlow(BaseEstimator):
         earlier: FittedFlow | None = None,
     ) -> FlowTraining:
         """The candidate that training ends with, at its best weights; an earlier flow is the only one."""
+        if earlier is not None and earlier.plan != plan:
+            raise ValueError(
+                f"warm_start goes on with the field of the last fit, {earlier.plan}; the arguments now make {plan}. "
+                "Set them back, or fit with warm_start=False."
+            )
         runs = []
         report = Table(validated=True) if self.verbose else None
         if earlier is not None:

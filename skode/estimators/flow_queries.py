@@ -184,8 +184,7 @@ class FlowQueries(BaseFlow):
         found = in_blocks(Z, both, device)
         return found[:, 0], found[:, 1:]
 
-    def transform(self, X: Any) -> Array:
-        """The rows' places in the base distribution."""
+    def _places(self, X: Any) -> Array:
         check_is_fitted(self)
         X = validate_data(self, as_array(X), dtype=np.float64, reset=False)
         columns, Z = self.columns_, np.zeros((len(X), self.columns_.n_kept))

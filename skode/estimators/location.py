@@ -104,7 +104,12 @@ class Location(NamedTuple):
 
 
 def quantiles_of_mean(Y: Array, nodes: Array, q: Array) -> Array:
-    """Quantiles (n, q) of the mean of distributions whose quantiles at ``nodes`` are ``Y (n_members, n, k)``."""
+    """Quantiles (n, q) of the mean of distributions whose quantiles at ``nodes`` are ``Y (n_members, n, k)``.
+
+    Where they descend they are those of a target that falls as the nodes rise.
+    """
+    if (Y[..., -1] < Y[..., 0]).any():
+        return -quantiles_of_mean(-Y, nodes, 1 - q)
     found = np.empty((Y.shape[1], len(q)))
     for i in range(Y.shape[1]):
         places = np.sort(Y[:, i].ravel())

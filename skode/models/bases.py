@@ -66,20 +66,23 @@ class Base(ABC):
     def placed(self, u: Tensor) -> Tensor:
         """Points (k, d) of uniform numbers in (0, 1), (k, 2 d + 1); both float64 on the CPU.
 
-        In one dimension of the first number alone, and ascending with it: quantiles.
+        In one dimension of the first number alone, and ascending with it: quantiles. So are the columns of independent
+        ones, of the first d numbers.
         """
 
     def points(self, k: int) -> Tensor:
         """Points that fill the distribution evenly, float64 (k, d) on the CPU.
 
-        In one dimension the quantiles of (i + 1/2) / k, in more those of a Kronecker sequence.
+        In one dimension the quantiles of (i + 1/2) / k, in more a Kronecker sequence and its mirror image.
         """
         u = torch.full((k, 2 * self.n_dims + 1), 0.5, dtype=torch.float64)
         if self.n_dims == 1:
             u[:, 0] = (torch.arange(k, dtype=torch.float64) + 0.5) / k
         else:
-            u = u + torch.arange(1, k + 1).unsqueeze(1) * torch.from_numpy(kronecker_steps(u.shape[1]))
-        return self.placed((u % 1.0).clamp(2.0**-53, 1 - 2.0**-53))
+            u = (u + torch.arange(1, k + 1).unsqueeze(1) * torch.from_numpy(kronecker_steps(u.shape[1]))) % 1.0
+            # In pairs that mirror each other: heavy tails shall not pull means to a side.
+            u = torch.cat([u[: (k + 1) // 2], 1 - u[: k // 2]])
+        return self.placed(u.clamp(2.0**-53, 1 - 2.0**-53))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The parameters as NumPy arrays, for :meth:`from_arrays`."""
@@ -198,14 +201,15 @@ class StudentT(Base):
         return self.drawn(torch.cat([u, torch.rand(n, self.n_dims, generator=generator, dtype=torch.float64)], dim=1))
 
     def placed(self, u: Tensor) -> Tensor:
-        if self.n_dims > 1:
-            return self.drawn(u[:, : 2 * self.n_dims]).cpu().double()
         # With z = sqrt(nu) tan(a) the density is proportional to cos(a)^(nu - 1): smooth, on a bounded interval.
-        nu = float(self.df)
         edges = np.linspace(-np.pi / 2, np.pi / 2, N_CELLS + 1)
-        mass = np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (nu - 1))
-        a = np.interp(u[:, 0].numpy(), np.concatenate([[0.0], mass / mass[-1]]), edges)
-        return _exact(self.loc) + _exact(self.scale) * torch.from_numpy(math.sqrt(nu) * np.tan(a)).unsqueeze(1)
+        middles = (edges[1:] + edges[:-1]) / 2
+        z = np.empty((len(u), self.n_dims))
+        for j, nu in enumerate(self.df.tolist()):
+            mass = np.cumsum(np.cos(middles) ** (nu - 1))
+            a = np.interp(u[:, j].numpy(), np.concatenate([[0.0], mass / mass[-1]]), edges)
+            z[:, j] = math.sqrt(nu) * np.tan(a)
+        return _exact(self.loc) + _exact(self.scale) * torch.from_numpy(z)
 
     def drawn(self, u: Tensor) -> Tensor:
         """Draws (n, d) of uniform numbers in (0, 1), float64 (n, 2 d) on the CPU."""

@@ -277,9 +277,12 @@ class FlowTraining:
         n = len(self._inside)
         if n <= batch_size:
             return self._inside
+        if not self.options.shuffle:
+            rows = self._inside[torch.arange(self._position, self._position + batch_size) % n]
+            self._position = (self._position + batch_size) % n
+            return rows
         if self._position + batch_size > n:
-            if self.options.shuffle:
-                self._order = self._inside[torch.randperm(n, generator=self.generator)]
+            self._order = self._inside[torch.randperm(n, generator=self.generator)]
             self._position = 0
         rows = self._order[self._position : self._position + batch_size]
         self._position += batch_size

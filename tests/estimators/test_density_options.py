@@ -245,4 +245,20 @@ def test_members_hold_out_different_rows():
     flow = ContinuousFlowDensity(validation_fraction=0.2)
     parts = [flow_base.BaseFlow._held_out(flow, rows, weight, 0, part) for part in range(5)]
     assert (np.sum(parts, axis=0) <= 1).all()
-    assert np.sum(parts) >= 198
+    assert np.sum(parts) == 200
+
+
+def test_equal_densities_do_not_make_all_rows_outliers():
+    with pytest.warns(UserWarning, match="constant"):
+        density = ContinuousFlowDensity().fit(np.ones((50, 1)))
+    assert (density.predict(np.ones((50, 1))) == 1).all()
+    coin = np.repeat([[0.0], [1.0]], [20, 30], axis=0)
+    assert (ContinuousFlowDensity(**QUICK).fit(coin).predict(coin) == 1).all()
+
+
+def test_a_warm_start_keeps_its_field(moons):
+    density = ContinuousFlowDensity(**QUICK, base="normal", warm_start=True).fit(moons)
+    scores = density.score_samples(moons)
+    with pytest.raises(ValueError, match="warm_start goes on with the field of the last fit"):
+        density.set_params(hidden_layer_sizes=8).fit(moons)
+    np.testing.assert_array_equal(density.score_samples(moons), scores)

@@ -264,3 +264,38 @@ def test_far_rows_and_thin_components_keep_a_finite_path() -> None:
     pairs = MixturePath(base).pairs(x1, generator())
     assert torch.isfinite(pairs.x).all()
     assert torch.isfinite(pairs.velocity).all()
+
+
+@pytest.mark.parametrize("df", [1.0, 2.5, 30.0])
+def test_quantiles_of_students_t_are_scipys(df: float) -> None:
+    base = StudentT(*(torch.tensor([value], dtype=torch.float64) for value in (0.5, 2.0, df)))
+    p = torch.linspace(0.001, 0.999, 99, dtype=torch.float64)
+    u = torch.full((99, 3), 0.5, dtype=torch.float64)
+    u[:, 0] = p
+    expected = torch.from_numpy(stats.t.ppf(p.numpy(), df, loc=0.5, scale=2.0))
+    torch.testing.assert_close(base.placed(u)[:, 0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_quantiles_of_a_mixture_are_inverse_to_its_distribution() -> None:
+    base = Mixture.of(np.array([0.3, 0.7]), np.array([[-2.0], [1.0]]), np.array([[[0.25]], [[1.0]]]))
+    u = torch.full((50, 3), 0.5, dtype=torch.float64)
+    u[:, 0] = torch.linspace(0.001, 0.999, 50, dtype=torch.float64)
+    z = base.placed(u)[:, 0].numpy()
+    below = 0.3 * stats.norm.cdf(z, -2.0, 0.5) + 0.7 * stats.norm.cdf(z, 1.0, 1.0)
+    np.testing.assert_allclose(below, u[:, 0].numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("n_dims", [1, 2, 5])
+def test_points_of_heavy_tails_are_centred(n_dims: int) -> None:
+    base = StudentT(torch.zeros(n_dims), torch.ones(n_dims), torch.full((n_dims,), 1.5))
+    points = base.points(256)
+    assert points.shape == (256, n_dims) and points.mean(dim=0).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("n_dims", [1, 3])
+def test_points_fill_a_mixture_evenly(n_dims: int) -> None:
+    means = np.stack([np.full(n_dims, -2.0), np.full(n_dims, 1.0)])
+    base = Mixture.of(np.array([0.25, 0.75]), means, np.stack([0.5 * np.eye(n_dims)] * 2))
+    points = base.points(1024).numpy()
+    np.testing.assert_allclose(points.mean(axis=0), 0.25, atol=0.05)
+    np.testing.assert_allclose(points.var(axis=0), 0.5 + 0.25 * 0.75 * 9, rtol=0.05)
