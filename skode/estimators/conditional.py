@@ -67,7 +67,7 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
     method, step_size, max_num_steps, gradient : default="auto", None, 10000, "discrete"
         As for :class:`ContinuousFlowDensity`.
     rtol, atol : float, default=1e-2, 1e-3
-        Tolerances of the solves in training; predictions are solved to a tenth of them, those of now.
+        Of the flows' solves in training, and a tenth of them, those of now, in predictions; not of the mean's networks.
     device, dtype : default="auto"
         Of training; the dtype "auto" is that of X. Predictions of the flow are computed in float64.
     alpha : float, default=0.0
@@ -306,12 +306,11 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
         rows = np.asarray(validate_data(self, as_array(X), dtype=(np.float64, np.float32), reset=False), np.float64)
         return self._location.predict(rows, self.columns_.n_kept, self.device)
 
-    def _points(self, X: Any, probabilities: Array) -> Iterator[Array]:
+    def _points(self, predicted: Array, context: Array, probabilities: Array) -> Iterator[Array]:
         """Targets that fill the rows' densities evenly, (n_members, n, k, n_targets), some rows at a time.
 
         Of a single column they are its quantiles at these probabilities, or at (i + 1/2) / k if there are none.
         """
-        predicted, context = self._prepare(X)
         for rows in gen_batches(len(predicted), CHUNK):
             numbers = np.arange(rows.start, rows.stop)
             members = [
@@ -381,7 +380,7 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
             if return_std:
                 raise ValueError("return_std and quantiles cannot be asked for at once; call predict twice.")
             return self._quantiles(X, quantiles)
-        chunks = [(Y.mean(axis=(0, 2)), Y.std(axis=(0, 2))) for Y in self._points(X, np.empty(0))]
+        chunks = [(Y.mean(axis=(0, 2)), Y.std(axis=(0, 2))) for Y in self._points(*self._prepare(X), np.empty(0))]
         mean, std = (self._shaped(np.concatenate(parts)) for parts in zip(*chunks, strict=True))
         return (mean, std) if return_std else mean
 
@@ -391,7 +390,7 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
             raise ValueError(f"quantiles must be probabilities between 0 and 1, a list of them; got {quantiles!r}.")
         nodes = np.unique(np.concatenate([q, TAILS, 1 - TAILS, (np.arange(POINTS) + 0.5) / POINTS]))
         parts = []
-        for Y in self._points(X, nodes):
+        for Y in self._points(*self._prepare(X), nodes):
             if self.columns_.n_kept == 1:
                 parts.append(
                     np.stack([quantiles_of_mean(target, nodes, q) for target in np.moveaxis(Y, -1, 0)], axis=1)
@@ -459,7 +458,7 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
         """
         predicted, context = self._prepare(X)
         if y is None:
-            return self._expected_scores(X, predicted, context, return_error)
+            return self._expected_scores(predicted, context, return_error)
         Y = check_array(as_array(y), dtype=np.float64, ensure_2d=False, input_name="y")
         Y = Y.reshape(len(Y), -1)
         check_consistent_length(predicted, Y)
@@ -468,8 +467,9 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
         scores, errors = self._table_scores(Y, predicted, self._location.residual_scale, context)
         return (scores, errors) if return_error else scores
 
-    def _expected_scores(self, X: Any, predicted: Array, context: Array, return_error: bool) -> Any:
-        chunks = self._points(X, (np.arange(FEW_POINTS) + 0.5) / FEW_POINTS)
+    def _expected_scores(self, predicted: Array, context: Array, return_error: bool) -> Any:
+        nodes, weights = np.polynomial.legendre.leggauss(FEW_POINTS)
+        chunks = self._points(predicted, context, (nodes + 1) / 2)
         Y = np.concatenate([points.swapaxes(0, 1) for points in chunks])  # (n, n_members, k, n_targets)
         n, k = len(Y), Y.shape[1] * Y.shape[2]
         scores, errors = self._table_scores(
@@ -478,11 +478,12 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
             self._location.residual_scale,
             np.repeat(context, k, axis=0),
         )
-        means, worst = scores.reshape(n, k).mean(axis=1), errors.reshape(n, k).max(axis=1)
-        return (means, worst) if return_error else means
+        weights = weights if Y.shape[2] == FEW_POINTS else np.ones(Y.shape[2])
+        means = np.average(scores.reshape(n, k), axis=1, weights=np.tile(weights, Y.shape[1]))
+        return (means, errors.reshape(n, k).max(axis=1)) if return_error else means
 
     def solver_stats(self, X: Any) -> pd.DataFrame:
-        """What the solver did on the way from the middle of the base; never raises for a failed solve.
+        """What the solver did on the flows' way from 0 in the base; ``location_.solver_stats`` tells of the mean.
 
         Parameters
         ----------

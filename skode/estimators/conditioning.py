@@ -13,12 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.mixture import GaussianMixture
 
+from skode.exceptions import SolverError
+
 Array = NDArray[np.float64]
 
 N_COMPONENTS, N_FITTED = 8, 2_000
 SHRINKAGE = 1e-3  # added to the variances of standardised rows
 DF = 5.0  # of the proposals' Student t: their tails shall be heavier than the density's
 WIDENING = 1.2  # of their scales
+FARTHEST = 1e6  # standard deviations: beyond, squares lose the digits that tell candidates apart
 CANDIDATES, CANDIDATES_A_ROW = 2_000, 10
 
 
@@ -96,17 +99,30 @@ def conditioned(
     values : array of shape (p,)
     n : int
     rng : numpy.random.Generator
+
+    Raises
+    ------
+    ValueError
+        If the values are absurdly far away.
+    SolverError
+        If no candidate has a log-density.
     """
+    if not np.abs(values).max() <= FARTHEST:
+        raise ValueError(f"given has values more than {FARTHEST:g} standard deviations away; no row is like that.")
     d = samples.shape[1]
     a = np.setdiff1d(np.arange(d), b)
     mixture = GaussianMixture(
-        min(N_COMPONENTS, len(samples)), reg_covar=SHRINKAGE, random_state=int(rng.integers(2**31))
+        min(N_COMPONENTS, len(samples)), reg_covar=SHRINKAGE, max_iter=500, random_state=int(rng.integers(2**31))
     ).fit(samples)
     proposal = _Proposal.given(mixture, a, b, values)
     k = max(CANDIDATES, CANDIDATES_A_ROW * n)
     Z = np.empty((k, d))
     Z[:, b], Z[:, a] = values, proposal.drawn(k, rng)
     log_weights = log_density(Z) - proposal.log_density(Z[:, a])
+    # A candidate that the solver cannot carry to the base is none.
+    log_weights[np.isnan(log_weights)] = -np.inf
+    if not log_weights.max() > -np.inf:
+        raise SolverError("no candidate under these conditions could be solved; give values nearer to the table's.", [])
     total = float(np.logaddexp.reduce(log_weights))
     weights = np.exp(log_weights - total)
     places = (rng.random() + np.arange(n)) / max(n, 1)  # systematic: a candidate comes twice only if it must

@@ -135,21 +135,14 @@ class BaseFlow(BaseEstimator):
         sizes = np.atleast_1d(np.asarray(self.hidden_layer_sizes))
         if sizes.ndim != 1 or sizes.dtype.kind not in "iu" or len(sizes) == 0 or sizes.min() < 1:
             raise ValueError(f"hidden_layer_sizes must be whole numbers above 0, got {self.hidden_layer_sizes!r}.")
-        if net == "planar" and len(sizes) > 1:
-            sizes = self._planar_sizes(sizes)
+        if net == "planar" and len(set(sizes.tolist())) > 1:
+            raise ValueError(f"net='planar' has one layer; got hidden_layer_sizes={self.hidden_layer_sizes!r}.")
         if isinstance(self.field, torch.nn.Module):
             raise TypeError(
                 "field is an nn.Module instance, which every clone and fold would share; pass a callable that makes "
                 "one: field=lambda n_dims: MyField(n_dims), or the class itself."
             )
         return FieldPlan(net, n_dims, tuple(int(n) for n in sizes), self.activation, n_context, self.field)
-
-    def _planar_sizes(self, sizes: NDArray[Any]) -> NDArray[Any]:
-        if len(set(sizes.tolist())) > 1:
-            raise ValueError(
-                f"net='planar' has one layer of units; got hidden_layer_sizes={self.hidden_layer_sizes!r}."
-            )
-        return sizes[:1]
 
     def _held_out(self, content: Array, weight: Array, seed: int, part: int = 0) -> NDArray[np.bool_]:
         """A part of the weight, chosen by the rows' content; other parts have other rows."""
@@ -204,19 +197,19 @@ class BaseFlow(BaseEstimator):
                 f"warm_start goes on with the field of the last fit, {earlier.plan}; the arguments now make {plan}. "
                 "Set them back, or fit with warm_start=False."
             )
-        runs = []
-        report = Table(validated=True) if self.verbose else None
-        if earlier is not None:
-            bases = [BASES[earlier.base].from_arrays(earlier.base_arrays)]
         dtype, device = rows.x.dtype, rows.x.device
-        for base in bases:
-            flow = ContinuousFlow(plan.make(generator).to(dtype).to(device), base.to(dtype, device))
-            if earlier is not None:
-                flow = earlier.build(dtype, device).train()
+        if earlier is not None:
+            flows = [earlier.build(dtype, device).train()]
+        else:
+            flows = [
+                ContinuousFlow(plan.make(generator).to(dtype).to(device), base.to(dtype, device)) for base in bases
+            ]
+        report = Table(validated=True) if self.verbose else None
+        runs = []
+        for flow in flows:
             path = MixturePath(flow.base) if isinstance(flow.base, Mixture) else LinearPath()
-            runs.append(
-                FlowTraining(flow, path, rows, start_of(base), self._training_solver(), options, generator, report)
-            )
+            start = start_of(flow.base)
+            runs.append(FlowTraining(flow, path, rows, start, self._training_solver(), options, generator, report))
         return train_flow(runs)
 
     def _flow_options(self, matching: bool, likelihood: bool, divergence: str) -> FlowOptions:

@@ -137,6 +137,13 @@ def test_a_rows_draws_depend_on_its_content_alone(wave_model):
     assert not np.isin(wave_model.sample([[0.5]], n_samples=3, random_state=1), together).any()
 
 
+def test_without_y_a_score_is_minus_the_entropy(wave_model):
+    y = np.linspace(-8, 8, 8001)
+    scores = wave_model.score_samples(np.full((len(y), 1), 0.3), y)
+    entropy = -np.trapezoid(np.exp(scores) * scores, y)
+    assert wave_model.score_samples([[0.3]])[0] == pytest.approx(-entropy, abs=0.05)
+
+
 def test_stated_errors_of_log_densities_are_small(wave_model, wave):
     scores, errors = wave_model.score_samples(wave[0][:50], wave[1][:50], return_error=True)
     assert np.isfinite(scores).all()

@@ -8,7 +8,8 @@ import pytest
 from sklearn.datasets import make_moons
 
 from skode import ContinuousFlowDensity
-from skode.exceptions import ConvergenceWarning
+from skode.estimators.conditioning import conditioned
+from skode.exceptions import ConvergenceWarning, SolverError
 
 COVARIANCE = np.array([[1.0, 0.8, 0.0], [0.8, 2.0, -0.5], [0.0, -0.5, 0.5]])
 
@@ -95,6 +96,24 @@ def test_conditions_that_cannot_be_met_are_refused(given, message):
         density = ContinuousFlowDensity(max_iter=0, random_state=0).fit(X)
     with pytest.raises(ValueError, match=message):
         density.sample(3, given=given)
+
+
+def test_candidates_that_cannot_be_solved_spoil_no_others():
+    def log_density(Z):
+        found = -0.5 * np.square(Z).sum(axis=1)
+        found[::7] = np.nan
+        return found
+
+    samples, rng = np.random.default_rng(1).normal(size=(500, 2)), np.random.default_rng(0)
+    found = conditioned(samples, log_density, np.array([0]), np.array([0.5]), 50, rng)
+    assert len(np.unique(found.Z, axis=0)) > 40 and np.isfinite(found.log_marginal)
+    with pytest.raises(SolverError, match="no candidate"):
+        conditioned(samples, lambda Z: np.full(len(Z), np.nan), np.array([0]), np.array([0.5]), 5, rng)
+
+
+def test_absurd_conditions_are_refused(moons):
+    with pytest.raises(ValueError, match="standard deviations away"):
+        moons[0].sample(2, random_state=0, given={0: 1e160})
 
 
 def test_the_same_seed_gives_the_same_conditional_samples(moons):
