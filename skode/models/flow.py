@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from skode.exceptions import SolverError
-from skode.fields import traced
+from skode.fields import PlanarField, traced
 from skode.models.bases import Base
 from skode.models.odenet import SolverOptions
 from skode.solver import Solution, solve
@@ -116,6 +116,9 @@ class ContinuousFlow(nn.Module):
     ) -> Solution:
         """The solver's account of the way of ``y (n, d)`` from the first of two times to the second."""
         wanted = training or TrainingPass()
+        # A planar field's units are computed once for rows that share their times; its velocity is bounded, so that
+        # with fixed steps no row can have a say in another's result.
+        shared = isinstance(self.field, PlanarField) and options.step_size is not None
         solution = solve(
             traced(
                 self.field,
@@ -132,7 +135,7 @@ class ContinuousFlow(nn.Module):
             rtol=options.rtol,
             atol=options.atol,
             gradient=options.gradient,
-            step_control="row" if training is None else "batch",
+            step_control="row" if training is None and not shared else "batch",
             step_size=options.step_size,
             first_step=wanted.first_step,
             max_num_steps=options.max_num_steps,

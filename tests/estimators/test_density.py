@@ -16,6 +16,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from skode import ContinuousFlowDensity
 from skode.estimators.fitted_flow import CHUNK_NUMBERS, chunks, exact_solver, in_blocks
 from skode.exceptions import DivergenceError
+from skode.fields import PlanarField
 
 QUICK = {"max_iter": 8, "hidden_layer_sizes": 16, "random_state": 0}
 
@@ -161,12 +162,25 @@ def _reference(density, X):
     return found - columns.log_scale
 
 
+def test_a_planar_fields_times_are_shared_in_scoring_as_units_of_every_rows_own_are_dear(fitted, moons, monkeypatch):
+    density, rows = fitted("planar"), []
+    units = PlanarField.dynamics
+
+    def watched(self, **options):
+        self.hypernet.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+        return units(self, **options)
+
+    monkeypatch.setattr(PlanarField, "dynamics", watched)
+    density.score_samples(moons)
+    assert rows and set(rows) == {1}
+
+
 def test_score_error_is_the_training_rows_largest(fitted, moons):
     density = fitted("normal")
     assert density.score_error_ == pytest.approx(density.score_samples(moons, return_error=True)[1].max(), abs=1e-12)
 
 
-@pytest.mark.parametrize("option", ["normal", "student_t", "auto", "members"])
+@pytest.mark.parametrize("option", ["normal", "student_t", "auto", "members", "planar"])
 def test_a_row_has_its_log_density_in_any_company(fitted, moons, option):
     density = fitted(option)
     together = density.score_samples(moons)
