@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -29,7 +30,7 @@ from skode.estimators.fitted_flow import (
     in_blocks,
     refuse_nan,
 )
-from skode.estimators.mixtures import fit_mixture
+from skode.estimators.mixtures import Choice, fit_mixture
 from skode.estimators.table import Table
 from skode.models import Base, LinearPath, Mixture, MixturePath, Normal, SolverOptions, StudentT
 from skode.models.flow import ContinuousFlow
@@ -42,6 +43,7 @@ FEWEST_ROWS = 40  # distinct ones, to hold some out by default
 SAMPLE_TOLERANCE = 1e-4  # of rtol and atol: an error of a sample shall not be seen, one of a training step may
 CELL_POINTS = 8  # places in a cell that a discrete value's density is averaged over
 MATCHING_UPDATES = 7.5  # for each update by likelihood
+FITTED_SHARE = 3  # a flow that starts at a fitted mixture takes so many times fewer
 
 
 class BaseFlow(BaseEstimator):
@@ -207,9 +209,13 @@ class BaseFlow(BaseEstimator):
         report = Table(validated=True) if self.verbose else None
         runs = []
         for flow in flows:
-            path = MixturePath(flow.base) if isinstance(flow.base, Mixture) else LinearPath()
+            path: LinearPath | MixturePath = LinearPath()
+            own = options
+            if isinstance(flow.base, Mixture):
+                path = MixturePath(flow.base)
+                own = replace(options, n_matching=options.n_matching // FITTED_SHARE)
             start = start_of(flow.base)
-            runs.append(FlowTraining(flow, path, rows, start, self._training_solver(), options, generator, report))
+            runs.append(FlowTraining(flow, path, rows, start, self._training_solver(), own, generator, report))
         return train_flow(runs)
 
     def _flow_options(self, matching: bool, likelihood: bool, divergence: str) -> FlowOptions:
@@ -229,11 +235,13 @@ class BaseFlow(BaseEstimator):
             int(self.n_iter_no_change),
         )
 
-    def _bases(self, Z: Array, weight: Array, seed: int, candidates: tuple[str, ...]) -> Iterable[Base]:
+    def _bases(
+        self, Z: Array, weight: Array, seed: int, candidates: tuple[str, ...], choice: Choice | None = None
+    ) -> Iterable[Base]:
         """Bases that are fitted to standardised rows."""
         for name in candidates if self.base == "auto" else (self.base,):
             if name == "mixture":
-                yield fit_mixture(Z, weight, seed)
+                yield fit_mixture(Z, weight, seed, choice)
             elif name == "student_t":
                 yield StudentT.fit(Z, weight)
             else:

@@ -30,7 +30,7 @@ SINGLE_SHRINKAGES = (0.0, *SHRINKAGES, 0.5, 1.0)
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 VARIANCE_FLOOR = 1e-6  # of standardised rows, added to every variance
 ROUND_OFF = 1e-10  # of a component's largest variance, added as well: a far row must not undo the factorisation
-FEW_ROWS = 200
+MOST_FITS, MOST_COMPONENTS = 8, 48  # whose densities are averaged, and the components of all together
 SEARCH_ROWS, FIT_ROWS = 3_000, 20_000  # at most; beyond, a subset that depends on the rows' content
 # Held-out densities are mixed with a little of a wide one, so that a single far row does not choose the model.
 BACKGROUND = 1e-6
@@ -65,11 +65,14 @@ class Choice(NamedTuple):
     shrinkage: float
 
 
-def fit_mixture(Z: NDArray[Any], sample_weight: NDArray[Any] | None = None, seed: int = 0) -> Mixture:
+def fit_mixture(
+    Z: NDArray[Any], sample_weight: NDArray[Any] | None = None, seed: int = 0, choice: Choice | None = None
+) -> Mixture:
     """Fit a Gaussian mixture to standardised rows.
 
     Number of components and shrinkage of the covariances are those of the best held-out log-likelihood; a mixture must
-    beat the single Gaussian by two standard errors. With fewer than four distinct rows the covariance is diagonal.
+    beat the single Gaussian by two standard errors. It is the average of several fits from different starts. With fewer
+    than four distinct rows the covariance is diagonal.
 
     Parameters
     ----------
@@ -79,6 +82,8 @@ def fit_mixture(Z: NDArray[Any], sample_weight: NDArray[Any] | None = None, seed
         A weight of 2 counts as the row twice, one of 0 as none. Only their ratios matter.
     seed : int
         Of the k-means starts and of the subset that is taken from more than 20,000 rows.
+    choice : Choice, optional
+        Instead of the search.
 
     Returns
     -------
@@ -99,9 +104,25 @@ def fit_mixture(Z: NDArray[Any], sample_weight: NDArray[Any] | None = None, seed
     2
     """
     rows = distinct_rows(Z, sample_weight, seed)
-    choice = choose(rows.take(slice(SEARCH_ROWS)), seed)
+    choice = choice or _choose(rows, seed)
     rows = rows.take(slice(FIT_ROWS))
-    return Mixture.of(*_with_single(_fit(rows, choice, seed, n_starts=6, n_steps=300, tol=1e-6), rows))
+    return Mixture.of(*_with_single(_average(_fits(rows, choice, seed)), rows))
+
+
+def _fits(rows: Rows, choice: Choice, seed: int) -> list[Gaussians]:
+    """Of different starts; those that end at the same likelihood are the same."""
+    most = 1 if choice.n_components == 1 else max(1, min(MOST_FITS, MOST_COMPONENTS // choice.n_components))
+    fits: dict[float, Gaussians] = {}
+    for start in range(most):
+        found = _fit(rows, choice, seed + 100 * start, n_starts=3, n_steps=300, tol=1e-6)
+        fits.setdefault(round(float(rows.w @ _log_sum(_log_joint(rows.Z, found))), 4), found)
+    return list(fits.values())
+
+
+def _average(fits: list[Gaussians]) -> Gaussians:
+    """The mean of densities, which is better than their mean log-density says."""
+    weights, means, covariances = (np.concatenate(parts) for parts in zip(*fits, strict=True))
+    return Gaussians(weights / len(fits), means, covariances)
 
 
 def distinct_rows(Z: NDArray[Any], sample_weight: NDArray[Any] | None, seed: int) -> Rows:
@@ -119,8 +140,13 @@ def distinct_rows(Z: NDArray[Any], sample_weight: NDArray[Any] | None, seed: int
 # --- the choice ---
 
 
-def choose(rows: Rows, seed: int) -> Choice:
+def choose(Z: NDArray[Any], sample_weight: NDArray[Any] | None, seed: int) -> Choice:
     """Components and shrinkage of the best held-out log-likelihood."""
+    return _choose(distinct_rows(Z, sample_weight, seed), seed)
+
+
+def _choose(rows: Rows, seed: int) -> Choice:
+    rows = rows.take(slice(SEARCH_ROWS))
     n_rows, n_dims = rows.Z.shape
     if n_rows < 4 or n_dims == 0:
         return Choice(1, 1.0)
@@ -209,14 +235,14 @@ def _fit(rows: Rows, choice: Choice, seed: int, n_starts: int, n_steps: int, tol
 
 
 def _with_single(gaussians: Gaussians, rows: Rows) -> Gaussians:
-    """With few rows a mixture gets the single Gaussian as one more component, with the weight of one row more.
+    """With the single Gaussian as one more component, of the weight of one row more.
 
-    Components fitted to a handful of rows are too narrow. This way no place is more than log(n + 1) nats below the
-    single Gaussian's density.
+    Components fitted to a handful of rows are too narrow, and between and beyond them a row may come. This way no place
+    is more than log(n + 1) nats below the single Gaussian's density.
     """
-    n = len(rows.Z)
-    if n >= FEW_ROWS or len(gaussians.weights) == 1:
+    if len(gaussians.weights) == 1:
         return gaussians
+    n = len(rows.Z)
     single = _from_responsibilities(rows, np.ones((n, 1)), 0.0)
     parts = [np.concatenate([ours, its]) for ours, its in zip(gaussians, single, strict=True)]
     parts[0] *= np.append(np.full(len(gaussians.weights), n / (n + 1)), 1 / (n + 1))

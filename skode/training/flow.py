@@ -130,6 +130,8 @@ class FlowTraining:
         dear = not known and flow.base.n_dims > DEAR_TRACE
         self._estimates_trace = options.divergence == "hutchinson" or (options.divergence == "auto" and dear)
         self.n_updates = 0
+        self._done, self._without, self._promised = 0, 0, math.inf
+        self.failure: SolverError | None = None
         self.best, self._best_weights = -math.inf, [p.detach().clone() for p in self.parameters]
 
     # --- phases ---
@@ -142,19 +144,30 @@ class FlowTraining:
         if n:
             self.check()
 
-    def maximise(self) -> None:
-        """Maximum likelihood through the solver."""
-        n = self.options.n_likelihood
-        every = max(1, n // CHECKS)
-        done, without, goal = 0, 0, self.best
-        self._start_likelihood()
-        while done < n and without < self.options.n_checks_no_change:
-            some = min(every, n - done)
-            self.history.losses += self._likelihood_updates(some, done, n)
-            done += some
-            score = self.check()
-            without = 0 if score > goal + self.options.tol else without + 1
-            goal = max(goal, score)
+    def maximise(self) -> bool:
+        """Maximum likelihood through the solver, as far as the next check; whether there is more to do."""
+        n, options = self.options.n_likelihood, self.options
+        if not n:
+            return False
+        if not self._done:
+            self._start_likelihood()
+        some = min(max(1, n // CHECKS), n - self._done)
+        before = self.best
+        try:
+            self.history.losses += self._likelihood_updates(some, self._done, n)
+        except SolverError as error:
+            self.failure = error
+            return False
+        self._done += some
+        last, score = self.history.validation_scores[-1], self.check()
+        self._without = 0 if score > before + options.tol else self._without + 1
+        self._promised = score + (score - last) * (n - self._done) / some
+        return self._done < n and self._without < options.n_checks_no_change
+
+    @property
+    def promised(self) -> float:
+        """The held-out log-likelihood at the end if it rises on as it did last."""
+        return max(self.best, self._promised)
 
     def check(self) -> float:
         """The held-out rows' mean log-density by the averaged weights, error-controlled; the best weights are kept."""
@@ -315,15 +328,18 @@ class FlowTraining:
 
 
 def train_flow(runs: list[FlowTraining]) -> FlowTraining:
-    """Match all candidates, go on with the one of the best held-out likelihood, and return it at its best weights."""
+    """Match all candidates, go on with those that may still win, and return the best at its best weights."""
     for run in runs:
         run.check()  # what it starts from counts, too
         run.match()
         run.restore_best()
+    going = runs
+    while going:
+        going = [run for run in going if run.maximise()]
+        leader = max(runs, key=lambda run: run.best)
+        going = [run for run in going if run is leader or run.promised > leader.best]
     best = max(runs, key=lambda run: run.best)
-    try:
-        best.maximise()
-    except SolverError as error:
-        warnings.warn(f"training by likelihood ended early: {error}", stacklevel=2)
+    if best.failure is not None:
+        warnings.warn(f"training by likelihood ended early: {best.failure}", stacklevel=2)
     best.restore_best()
     return best
