@@ -1,12 +1,19 @@
 """Neural ordinary differential equations as scikit-learn estimators."""
 
 from skode import datasets, exceptions, metrics, model_selection
-from skode.estimators import ContinuousFlowDensity, ContinuousFlowRegressor, ODENetClassifier, ODENetRegressor
+from skode.estimators import (
+    ContinuousFlowDensity,
+    ContinuousFlowRegressor,
+    LatentODERegressor,
+    ODENetClassifier,
+    ODENetRegressor,
+)
 from skode.panel import Panel
 
 __all__ = [
     "ContinuousFlowDensity",
     "ContinuousFlowRegressor",
+    "LatentODERegressor",
     "ODENetClassifier",
     "ODENetRegressor",
     "Panel",

@@ -6,6 +6,7 @@ from skode.fields.energy import EnergyDynamics
 from skode.fields.flow_dynamics import FlowDynamics
 from skode.fields.flow_field import FlowField
 from skode.fields.integrands import draw_probe
+from skode.fields.latent import LatentDynamics, LatentField
 from skode.fields.members import MemberDynamics
 from skode.fields.mlp import MLPField
 from skode.fields.planar import PlanarDynamics, PlanarField
@@ -18,6 +19,8 @@ __all__ = [
     "EnergyDynamics",
     "FlowDynamics",
     "FlowField",
+    "LatentDynamics",
+    "LatentField",
     "MLPField",
     "MemberDynamics",
     "PlanarDynamics",

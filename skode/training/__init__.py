@@ -1,7 +1,20 @@
 """Batches, loop, stopping, history."""
 
 from skode.training.data import TrainingRows
+from skode.training.latent import LatentData, LatentHistory, LatentOptions, train_latent
 from skode.training.loop import Epoch, History, TrainingOptions, train
 from skode.training.tasks import Classification, Regression
 
-__all__ = ["Classification", "Epoch", "History", "Regression", "TrainingOptions", "TrainingRows", "train"]
+__all__ = [
+    "Classification",
+    "Epoch",
+    "History",
+    "LatentData",
+    "LatentHistory",
+    "LatentOptions",
+    "Regression",
+    "TrainingOptions",
+    "TrainingRows",
+    "train",
+    "train_latent",
+]

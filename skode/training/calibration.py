@@ -1,0 +1,132 @@
+"""How far predictions may be off, and how far to hop ahead: learned from what was held out of the training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from skode.models import LatentODE, Series
+from skode.models.forecast import ForecastOptions, Outlook, outlook
+from skode.models.predictive import Calibration, Predictive, Spread
+from skode.training.windows import HeldOut, observed
+
+STRIDES = (0.5, 0.25, None)
+# A first guess of log factor, log growth and power inside and ahead, and how sure it is: where the noise is much larger
+# than the error, the data do not tell the factor.
+GUESS = ((0.2, -4.0, 0.5), (1.0, -2.0, 0.7))
+SURE = ((0.15, 1.5, 0.3), (1.0, 1.5, 0.3))
+SURE_OF_NOISE = 0.2
+N_STEPS = 200
+
+
+def choose_stride(model: LatentODE, tasks: list[HeldOut], options: ForecastOptions) -> float | None:
+    """The stride whose forecasts of held-out observations have the best log-density.
+
+    A different one than the first is taken only if it is better by more than a standard error of the paired difference
+    over series.
+    """
+    scores = [_by_series(model, tasks, replace(options, stride=stride)) for stride in STRIDES]
+    if not len(scores[0]):
+        return STRIDES[0]
+    best = 0
+    for i in range(1, len(STRIDES)):
+        gain = scores[i] - scores[best]
+        if float(gain.mean()) > float(gain.std(correction=0)) / max(len(gain) - 1, 1) ** 0.5:
+            best = i
+    return STRIDES[best]
+
+
+def _by_series(model: LatentODE, tasks: list[HeldOut], options: ForecastOptions) -> Tensor:
+    """Mean log-density of each series' observations ahead, by the learned noise."""
+    scores = []
+    for task in tasks:
+        ahead, found, own = _held_out_outlook(model, task, options, only_ahead=True)
+        if not bool(ahead.any()):
+            continue
+        with torch.no_grad():
+            each = (model.likelihood.log_prob(found.eta, own.values) * own.mask).sum(dim=1)
+        index = own.index
+        count = torch.bincount(index, own.mask.sum(dim=1).double(), minlength=own.n_series)
+        total = torch.bincount(index, each.double(), minlength=own.n_series)
+        scores.append((total / count.clamp(min=1))[count > 0])
+    return torch.cat(scores) if scores else torch.zeros(0)
+
+
+def _held_out_outlook(
+    model: LatentODE, task: HeldOut, options: ForecastOptions, *, only_ahead: bool = False
+) -> tuple[Tensor, Outlook, Series]:
+    """Which held-out rows lie ahead of what is given, what is predicted of them, and they themselves."""
+    given, target = observed(task.given), task.target
+    target = target.where((given.lengths > 0)[target.index])
+    ahead = target.times > given.last[target.index]
+    if only_ahead:
+        target, ahead = target.where(ahead), ahead[ahead]
+    return ahead, outlook(model, given, target.index, target.times, task.inputs, options), target
+
+
+def distances(given: Series, query: Tensor, t: Tensor) -> Tensor:
+    """How far (Q,) queries are from the nearest row of their series in ``given``; infinite if it has none."""
+    given = observed(given)
+    if not len(given.times):
+        return torch.full_like(t, torch.inf)
+    count = given.count_until(query, t)
+    low, lengths = given.offsets[query], given.lengths[query]
+    most = len(given.times) - 1
+    before = torch.where(count > 0, t - given.times[(low + count - 1).clamp(0, most)], torch.inf)
+    after = torch.where(count < lengths, given.times[(low + count).clamp(0, most)] - t, torch.inf)
+    return torch.minimum(before, after)
+
+
+def calibrate(model: LatentODE, tasks: list[HeldOut], options: ForecastOptions) -> Calibration:
+    """The calibration that makes what was held out most likely.
+
+    Parameters
+    ----------
+    model : LatentODE
+    tasks : list of HeldOut
+    options : ForecastOptions
+        As it will predict.
+
+    Returns
+    -------
+    Calibration
+        Near a first guess where little was held out.
+    """
+    n_channels = len(model.config.families)
+    parts = []
+    for task in tasks:
+        ahead, found, target = _held_out_outlook(model, task, options)
+        distance = distances(task.given, target.index, target.times)
+        parts.append((found.eta, found.disagreement, target.values, target.mask, ahead, distance))
+    if not parts or not any(bool(part[3].any()) for part in parts):
+        return Calibration.plain(n_channels)
+    eta, disagreement, y, mask, ahead, distance = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    return _fitted(model, eta.double(), disagreement.double(), y.double(), mask, ahead, distance.double())
+
+
+def _fitted(
+    model: LatentODE, eta: Tensor, disagreement: Tensor, y: Tensor, mask: Tensor, ahead: Tensor, distance: Tensor
+) -> Calibration:
+    """Maximum a posteriori by Adam."""
+    likelihood = model.likelihood
+    guess = torch.tensor(GUESS, dtype=torch.float64)
+    spreads = guess.clone().requires_grad_()
+    noise = torch.zeros(eta.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([spreads, noise], lr=0.05)
+    for _ in range(N_STEPS):
+        values = spreads[ahead.long()]
+        grown = values[:, 1].exp() * distance.clamp(min=1e-6) ** values[:, 2].clamp(min=0.0)
+        spread = ((values[:, :1].exp() * disagreement).square() + grown.square().unsqueeze(1)).sqrt()
+        predictive = Predictive(likelihood, eta, spread, noise.exp())
+        log_prob = (predictive.log_prob(y) * mask).sum()
+        doubt = ((spreads - guess) / torch.tensor(SURE, dtype=torch.float64)).square().sum()
+        loss = -log_prob + 0.5 * doubt + 0.5 * (noise / SURE_OF_NOISE).square().sum()
+        gradients = torch.autograd.grad(loss, [spreads, noise])
+        spreads.grad, noise.grad = gradients
+        optimizer.step()
+    inside, later = (
+        Spread(float(own[0].exp()), float(own[1].exp()), max(float(own[2]), 0.0)) for own in spreads.detach()
+    )
+    return Calibration(inside, later, tuple(noise.detach().exp().tolist()))

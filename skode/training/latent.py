@@ -1,0 +1,349 @@
+"""Training of a latent ODE on windows of irregular series."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skode.exceptions import DivergenceError, SolverError
+from skode.models import LatentODE, Rows, Series
+from skode.training.loop import Epoch
+from skode.training.windows import Batch, HeldOut, Panel, draw_batch, held_out_tasks, observed, split_parts
+
+N_WARM = 20  # updates over which the learning rate rises
+BETAS = (0.9, 0.99)
+AVERAGED = 100  # updates that the averaged weights look back over, about
+LARGEST_GRADIENT = 1.0  # norm
+MANY_SERIES = 100  # from which on whole series are held out, else parts of all
+MANY_TARGETS = 20  # the same where series have targets
+MOST_HELD_OUT = 150
+
+
+@dataclass(frozen=True)
+class LatentOptions:
+    """How to train a latent ODE.
+
+    ``n_updates`` of ``batch_size`` windows at a learning rate that falls as a cosine; ``alpha`` is AdamW's decay,
+    ``kl_weight`` the divergence's weight after a linear warm-up over the first ``kl_warm_up`` of the updates;
+    ``steps_per_unit`` RK4 steps are taken for a unit of time; of series longer than ``longest`` rows an update sees a
+    stretch; with ``validate`` the weights of the best of ``n_checks`` held-out scores are kept, and training ends
+    after ``n_checks_no_change`` without a better one.
+    """
+
+    n_updates: int = 3000
+    batch_size: int = 100
+    learning_rate_init: float = 8e-3
+    alpha: float = 1e-4
+    kl_weight: float = 0.3
+    kl_warm_up: float = 0.1
+    steps_per_unit: float = 4.0
+    longest: int = 256
+    validate: bool = True
+    n_checks: int = 20
+    n_checks_no_change: int = 20
+    tol: float = 0.0
+
+
+@dataclass
+class LatentHistory:
+    """Mean losses between the checks, held-out log-densities an observation, and the update whose weights stay."""
+
+    losses: list[float] = field(default_factory=list)
+    validation_scores: list[float] = field(default_factory=list)
+    best_update: int = 0
+    n_updates: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class LatentData:
+    """What is trained on, what is held out of it, and held-out whole series with their targets."""
+
+    panel: Panel
+    held_out: list[HeldOut]
+    held_targets: tuple[Series, Tensor] | None = None
+
+    @staticmethod
+    def split(
+        series: Series,
+        generator: torch.Generator,
+        *,
+        validate: bool = True,
+        share: float = 0.1,
+        windows: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> LatentData:
+        """Hold out series where there are many (100 or more, 20 with targets), parts of all series otherwise.
+
+        Parameters
+        ----------
+        series : Series
+        generator : torch.Generator
+        validate : bool, default=True
+            Whether anything is held out. Nothing is of point processes.
+        share : float, default=0.1
+            Of many series, that is held out.
+        windows : tensor of shape (B, 2), optional
+            Times over which events were counted; from the first to the last row if not given.
+        targets : tensor of shape (B, n_targets), optional
+            Standardised; of each whole series.
+
+        Returns
+        -------
+        LatentData
+        """
+        whole = Panel.of(series, windows, targets)
+        if not validate or not series.mask.shape[1]:
+            return LatentData(whole, [])
+        n = series.n_series
+        if n < (MANY_SERIES if targets is None else MANY_TARGETS):
+            own, tasks = split_parts(whole.series, generator)
+            tasks = [task._replace(inputs=whole.inputs) for task in tasks]
+            return LatentData(Panel(own, whole.inputs, whole.windows, targets), tasks)
+        order = torch.randperm(n, generator=generator).to(series.times.device)
+        n_held = min(max(1, int(share * n)), MOST_HELD_OUT)
+        out, inside = order[:n_held].sort().values, order[n_held:].sort().values
+        panel = Panel.of(series.take(inside), whole.windows[inside], None if targets is None else targets[inside])
+        held = series.take(out)
+        held_targets = None if targets is None else (observed(held), targets[out])
+        return LatentData(panel, held_out_tasks(held, generator), held_targets)
+
+
+def train_latent(
+    model: LatentODE,
+    data: LatentData,
+    options: LatentOptions,
+    generator: torch.Generator,
+    report: Callable[[Epoch], None] | None = None,
+) -> LatentHistory:
+    """Train a model in place: the evidence bound of windows decoded over their whole series.
+
+    Parameters
+    ----------
+    model : LatentODE
+    data : LatentData
+    options : LatentOptions
+    generator : torch.Generator
+        On the CPU; all draws are its.
+    report : callable, optional
+        Is given an :class:`Epoch` at each check.
+
+    Returns
+    -------
+    LatentHistory
+
+    Raises
+    ------
+    DivergenceError
+        If the loss leaves the finite numbers, or the dynamics cannot be solved any more.
+    """
+    run = _Run(model, data, options, generator, report)
+    try:
+        run.updates()
+    except KeyboardInterrupt:
+        warnings.warn("Training interrupted by user.", stacklevel=2)
+    except SolverError as error:
+        raise DivergenceError(
+            f"training diverged after {run.n_updates} updates at learning_rate_init="
+            f"{options.learning_rate_init:g}, {error}; lower learning_rate_init."
+        ) from error
+    run.finish()
+    return run.history
+
+
+class _Run:
+    """State of a training run."""
+
+    def __init__(
+        self,
+        model: LatentODE,
+        data: LatentData,
+        options: LatentOptions,
+        generator: torch.Generator,
+        report: Callable[[Epoch], None] | None,
+    ) -> None:
+        self.model, self.data, self.options, self.generator = model, data, options, generator
+        self.parameters = list(model.parameters())
+        fused = self.parameters[0].device.type in ("cpu", "cuda")
+        matrices = [p for p in self.parameters if p.dim() > 1]
+        others = [p for p in self.parameters if p.dim() <= 1]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=options.alpha, fused=fused)
+        self.history = LatentHistory()
+        self.n_updates = 0
+        self._report, self._began = report, time.perf_counter()
+        self._average = [p.detach().clone() for p in self.parameters]
+        self._best, self._best_weights = -math.inf, self._average
+        self._order = torch.empty(0, dtype=torch.int64)
+        counts = data.panel.series.lengths
+        self._trained = torch.nonzero(counts > 0).view(-1)
+        self._first: float | None = None
+
+    def updates(self) -> None:
+        options = self.options
+        every = max(1, options.n_updates // options.n_checks)
+        total, without = 0.0, 0
+        for k in range(options.n_updates):
+            total += self._update(k)
+            if (k + 1) % every and k + 1 < options.n_updates:
+                continue
+            self._note(total / ((k % every) + 1))
+            total = 0.0
+            without = 0 if self._check() else without + 1
+            if self.data.held_out and without >= options.n_checks_no_change:
+                return
+
+    def _update(self, k: int) -> float:
+        options = self.options
+        warm = max(1.0, options.kl_warm_up * options.n_updates)
+        loss = latent_loss(
+            self.model,
+            self.data.panel,
+            self._batch(),
+            options.kl_weight * min(1.0, (k + 1) / warm),
+            self.generator,
+            options.steps_per_unit,
+        )
+        rate = 0.5 * (1 + math.cos(math.pi * k / options.n_updates)) * min(1.0, (k + 1) / N_WARM)
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.learning_rate_init * rate
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        torch.nn.utils.clip_grad_norm_(self.parameters, LARGEST_GRADIENT)
+        self.optimizer.step()
+        self.n_updates += 1
+        memory = min(AVERAGED, 1 + self.n_updates / 5)
+        torch._foreach_lerp_(self._average, [p.detach() for p in self.parameters], 1 / memory)
+        return float(loss.detach())
+
+    def _batch(self) -> Batch:
+        """The next series of a random order; a small panel comes several times, in other windows."""
+        n, size = len(self._trained), self.options.batch_size
+        while len(self._order) < size:
+            order = torch.randperm(n, generator=self.generator)
+            self._order = torch.cat([self._order, order])
+        ids, self._order = self._order[:size], self._order[size:]
+        ids = self._trained[ids.to(self._trained.device)]
+        thinned = not self.model.config.point_process
+        return draw_batch(self.data.panel, ids, self.options.longest, self.generator, thinned=thinned)
+
+    def _note(self, loss: float) -> None:
+        self._first = loss if self._first is None else self._first
+        if not math.isfinite(loss) or loss > 1e3 * (1 + abs(self._first)):
+            raise DivergenceError(
+                f"training diverged within {self.n_updates} updates: the loss became {loss:.3g} at "
+                f"learning_rate_init={self.options.learning_rate_init:g}; lower learning_rate_init."
+            )
+        self.history.losses.append(loss)
+        self.history.n_updates = self.n_updates
+
+    def _check(self) -> bool:
+        """Whether the averaged weights have the best held-out score so far; without any held out they always have."""
+        score = None
+        if self.data.held_out:
+            own = [p.detach().clone() for p in self.parameters]
+            self._take(self._average)
+            score = held_out_score(self.model, self.data.held_out, self.options.steps_per_unit)
+            score -= held_out_error(self.model, self.data.held_targets)
+            self._take(own)
+            self.history.validation_scores.append(score)
+        better = score is None or score > self._best + self.options.tol
+        if better:
+            self._best = self._best if score is None else score
+            self._best_weights = [p.clone() for p in self._average]
+            self.history.best_update = self.n_updates
+        if self._report is not None:
+            seconds = time.perf_counter() - self._began
+            self._report(Epoch(self.n_updates, self.history.losses[-1], score, 0.0, seconds))
+        return better
+
+    def finish(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+        self._take(self._best_weights)
+
+    @torch.no_grad()
+    def _take(self, weights: list[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, weights, strict=True):
+            parameter.copy_(value)
+
+
+def latent_loss(
+    model: LatentODE,
+    panel: Panel,
+    batch: Batch,
+    kl_weight: float,
+    generator: torch.Generator,
+    steps_per_unit: float = 4.0,
+) -> Tensor:
+    """The negative evidence bound of a batch, an observation (Chen et al. 2018, section 5; one sample).
+
+    The events' part, for point processes, is the log-likelihood of an inhomogeneous Poisson process.
+    """
+    series = batch.series
+    posterior = model.encode(series.where(batch.keep), batch.reference.unsqueeze(1))
+    posterior = type(posterior)(posterior.mean[:, 0], posterior.log_std[:, 0])
+    eps = torch.randn(posterior.mean.shape, generator=generator, dtype=torch.float64)
+    rows = Rows(posterior.sample(eps.to(posterior.mean)), batch.reference, batch.ids)
+    told = series.where(batch.decoded)
+    index = told.index
+    window = batch.windows if model.config.point_process else None
+    path = model.path(rows, index, told.times, panel.inputs, steps_per_unit=steps_per_unit, window=window)
+    total = log_likelihood(model, path.z, told)
+    if path.expected is not None:
+        total = total + model.field.rate(path.z).log().sum() - path.expected.sum()
+    n_told = int(told.mask.sum()) + (len(index) if window is not None else 0)
+    n_all = int(series.mask.sum()) + (len(index) if window is not None else 0)
+    loss = kl_weight * posterior.divergence().sum() / max(n_all, 1) - total / max(n_told, 1)
+    if panel.targets is not None:
+        loss = loss + (model.targets(series) - panel.targets[batch.ids]).square().mean()
+    return loss
+
+
+def log_likelihood(model: LatentODE, z: Tensor, series: Series) -> Tensor:
+    """Of all observations, at their states (N, d), summed."""
+    if not series.mask.shape[1]:
+        return z.new_zeros(())
+    eta = model.decode(z, series.static[series.index])
+    return (model.likelihood.log_prob(eta, series.values) * series.mask).sum()
+
+
+@torch.no_grad()
+def held_out_score(model: LatentODE, tasks: list[HeldOut], steps_per_unit: float) -> float:
+    """Mean log-density of held-out observations along the posterior's mean.
+
+    A normal channel has the noise that suits it best, not the learned one: calibration comes later, and of what was
+    read in training less is known than of what is held out.
+    """
+    scores = []
+    for given, target, inputs in tasks:
+        reference = given.last
+        mean = model.encode(given, reference.unsqueeze(1)).mean[:, 0]
+        rows = Rows(mean, reference, torch.arange(given.n_series, device=reference.device))
+        path = model.path(rows, target.index, target.times, inputs, steps_per_unit=steps_per_unit)
+        eta = model.decode(path.z, target.static[target.index])
+        each = (model.likelihood.log_prob(eta, target.values) * target.mask).sum(dim=0)
+        n = target.mask.sum(dim=0).to(eta.dtype)
+        square = ((eta - target.values).square() * target.mask).sum(dim=0) / n.clamp(min=1)
+        profile = -0.5 * n * ((2 * math.pi * square.clamp(min=1e-12)).log() + 1)
+        normal = [family == "gaussian" for family in model.config.families]
+        total = torch.where(torch.tensor(normal, device=n.device), profile, each)
+        scores.append(float(total.sum()) / max(float(n.sum()), 1.0))
+    score = sum(scores) / len(scores)
+    return score if math.isfinite(score) else -math.inf
+
+
+@torch.no_grad()
+def held_out_error(model: LatentODE, held: tuple[Series, Tensor] | None) -> float:
+    """Mean squared error of held-out series' targets; 0 without any."""
+    if held is None:
+        return 0.0
+    series, targets = held
+    return float((model.targets(series) - targets).square().mean())
