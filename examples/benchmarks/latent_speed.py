@@ -2,8 +2,8 @@
 
 One thread. Tables:
 
-- ``path``: forward and backward through the dynamics (latent 6, hidden layers 64-64) for a batch of series with times of
-  their own: skode's one solve with values gathered at each series' times, as it trains, beside torchdiffeq's ``odeint``
+- ``path``: forward and backward through the dynamics (latent 6, hidden layers 64-64) for a batch of series with own
+  times: skode's one solve with values gathered at each series' times, as it trains, beside torchdiffeq's ``odeint``
   on the union of all times (dopri5 at 1e-4, and rk4 with steps of 1/12), the states gathered from it. Contestants take
   turns; ratios are medians within rounds of processor time; errors are those against dopri8 at 1e-10 in float64. Needs
   torchdiffeq.
@@ -132,9 +132,7 @@ def long_frame(n_series: int, mean_length: float, seed: int = 0) -> pd.DataFrame
 
 def epochs() -> None:
     """The table of epochs."""
-    print(
-        "\n| series | rows | observed values | panel, CPU s | epoch, CPU s | microseconds a row |\n|---|---|---|---|---|---|"
-    )
+    print("\n| series | rows | values | panel, CPU s | epoch, CPU s | microseconds a row |\n|---|---|---|---|---|---|")
     for n_series, mean_length in ((15_700, 25.5), (7_850, 25.5), (3_925, 25.5), (7_850, 51.0)):
         frame = long_frame(n_series, mean_length)
         start = time.process_time()

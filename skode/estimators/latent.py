@@ -432,6 +432,8 @@ class LatentODERegressor(
             n_checks=max(1, min(20, int(n) // UPDATES_A_CHECK)),
             n_checks_no_change=int(self.n_iter_no_change),
             tol=float(self.tol),
+            shuffle=bool(self.shuffle),
+            gradient=self.gradient,
         )
 
     def _report(self, data: LatentData) -> Table | None:

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from skode.estimators.containers import Columns, Container, is_frames, read_series, read_wide
 from skode.estimators.fitted_latent import FittedLatent, Forecaster
@@ -56,9 +56,11 @@ class LatentInputs(BaseEstimator):
             X = as_array(X)
         container = read_series(X, columns)
         if container is None:
-            table = validate_data(
-                self, X, dtype=(np.float64, np.float32), ensure_all_finite="allow-nan", reset=reset or self._by_channels
-            )
+            options: dict[str, Any] = {"dtype": (np.float64, np.float32), "ensure_all_finite": "allow-nan"}
+            if reset or not self._by_channels:
+                table = validate_data(self, X, reset=reset, **options)
+            else:  # a model of channels takes series of any length
+                table = check_array(X, **options)
             container, dtype = read_wide(X, np.asarray(table, np.float64), columns), table.dtype
         else:
             dtype = np.dtype(getattr(X, "dtype", np.float64)) if container.kind == "dense" else np.dtype(np.float64)

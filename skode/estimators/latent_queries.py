@@ -332,7 +332,8 @@ class LatentQueries(LatentInputs):
         """Mean log-density of held-out observations, given the rest of their series; R^2 after a fit with y.
 
         ``holdout="last"`` holds out the last quarter of each series' observed rows, "random" a quarter that depends on
-        the series' content alone. Series of one observed row have nothing to hold out.
+        the series' content alone. Series of one observed row have nothing to hold out. Bare events are scored by the
+        bound of their log-likelihood, an event.
 
         Parameters
         ----------
@@ -363,6 +364,8 @@ class LatentQueries(LatentInputs):
                 UserWarning,
                 stacklevel=2,
             )
+        if not panel.columns:
+            return float(self.score_samples(X).sum() / max(len(panel.times), 1))
         hidden = self._hidden(panel)
         if not hidden.any():
             raise ValueError("no series has two observed rows, one of which could be held out.")

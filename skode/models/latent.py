@@ -179,6 +179,7 @@ class LatentODE(nn.Module):
         *,
         steps_per_unit: float = 4.0,
         window: Tensor | None = None,
+        gradient: str = "discrete",
     ) -> Path:
         """States at places, by few equal steps of each row forward and back, all rows and directions in one solve.
 
@@ -198,6 +199,8 @@ class LatentODE(nn.Module):
             Steps for a unit of time, at least 2 and at most 32 for the longest row.
         window : tensor of shape (R, 2), optional
             Times over which events are counted (point processes); the reference lies between them.
+        gradient : {"discrete", "adjoint", "reversible"}, default="discrete"
+            As of :func:`skode.solver.solve`.
 
         Returns
         -------
@@ -229,6 +232,7 @@ class LatentODE(nn.Module):
             method="rk4",
             step_size=1.0 / k,
             step_control="batch",
+            gradient=gradient,
             n_quadratures=int(counts),
         )
         if not solution.success:

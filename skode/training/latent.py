@@ -49,6 +49,8 @@ class LatentOptions:
     n_checks: int = 20
     n_checks_no_change: int = 20
     tol: float = 0.0
+    shuffle: bool = True
+    gradient: str = "discrete"
 
 
 @dataclass
@@ -209,6 +211,7 @@ class _Run:
             options.kl_weight * min(1.0, (k + 1) / warm),
             self.generator,
             options.steps_per_unit,
+            options.gradient,
         )
         rate = 0.5 * (1 + math.cos(math.pi * k / options.n_updates)) * min(1.0, (k + 1) / N_WARM)
         for group in self.optimizer.param_groups:
@@ -227,7 +230,7 @@ class _Run:
         """The next series of a random order; a small panel comes several times, in other windows."""
         n, size = len(self._trained), self.options.batch_size
         while len(self._order) < size:
-            order = torch.randperm(n, generator=self.generator)
+            order = torch.randperm(n, generator=self.generator) if self.options.shuffle else torch.arange(n)
             self._order = torch.cat([self._order, order])
         ids, self._order = self._order[:size], self._order[size:]
         ids = self._trained[ids.to(self._trained.device)]
@@ -282,6 +285,7 @@ def latent_loss(
     kl_weight: float,
     generator: torch.Generator,
     steps_per_unit: float = 4.0,
+    gradient: str = "discrete",
 ) -> Tensor:
     """The negative evidence bound of a batch, an observation (Chen et al. 2018, section 5; one sample).
 
@@ -295,7 +299,9 @@ def latent_loss(
     told = series.where(batch.decoded)
     index = told.index
     window = batch.windows if model.config.point_process else None
-    path = model.path(rows, index, told.times, panel.inputs, steps_per_unit=steps_per_unit, window=window)
+    path = model.path(
+        rows, index, told.times, panel.inputs, steps_per_unit=steps_per_unit, window=window, gradient=gradient
+    )
     total = log_likelihood(model, path.z, told)
     if path.expected is not None:
         total = total + model.field.rate(path.z).log().sum() - path.expected.sum()

@@ -346,7 +346,42 @@ def test_every_encoder_fits(encoder):
     assert np.isfinite(model.predict(panel, horizon=[1.0])).all()
 
 
+@pytest.mark.parametrize("gradient", ["adjoint", "reversible"])
+def test_other_gradients_come_to_nearly_the_same_model(gradient):
+    panel = panel_of(8, 0)
+    one, two = (
+        LatentODERegressor(**QUICK, **SMALL, gradient=own, dtype="float64").fit(panel) for own in ("discrete", gradient)
+    )
+    np.testing.assert_allclose(two.loss_, one.loss_, rtol=0.02)
+
+
+def test_a_model_of_one_channel_takes_tables_of_any_length_and_stays_as_it_is():
+    model = LatentODERegressor(**QUICK, **SMALL).fit(Panel.from_dense(np.random.default_rng(0).normal(size=(6, 5))))
+    assert model.predict(np.zeros((2, 9))).shape == (2, 9)
+    assert model.n_features_in_ == 1
+
+
 # --- likelihoods, inputs, events ---
+
+
+def test_a_known_rate_of_events_is_recovered():
+    rng = np.random.default_rng(0)
+    events = []
+    for i in range(150):
+        t = np.sort(rng.uniform(0, 10, rng.poisson(60)))
+        events.append(pd.DataFrame({"id": i, "t": t[rng.uniform(size=len(t)) < (3 + 2 * np.sin(t)) / 6]}))
+    panel = Panel.from_long(pd.concat(events), "id", "t", values=[], origin=0.0)
+    model = LatentODERegressor(random_state=0, point_process=True, window=(0, 10), max_iter=200).fit(panel)
+    grid = np.linspace(0.5, 9.5, 50)
+    rate, true = model.intensity(panel, times=grid).mean(axis=0), 3 + 2 * np.sin(grid)
+    assert np.linalg.norm(rate - true) / np.linalg.norm(true) < 0.15
+    assert np.isfinite(model.score_samples(panel)).all()
+
+
+def test_events_outside_of_the_window_are_refused():
+    panel = Panel.from_long(pd.DataFrame({"id": [0, 0], "t": [1.0, 12.0]}), "id", "t", values=[], origin=0.0)
+    with pytest.raises(ValueError, match="has a row at 12"):
+        LatentODERegressor(point_process=True, window=(0, 10)).fit(panel)
 
 
 def test_counts_and_binary_channels_have_distributions_of_their_own():
