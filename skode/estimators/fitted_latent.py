@@ -65,7 +65,7 @@ class Forecaster:
     def __init__(self, fitted: FittedLatent, series: Series, device: torch.device, solver: SolverOptions) -> None:
         self.model = fitted.build(torch.float64, device).eval()
         self.series, self.seen, self.solver, self._fitted = series, observed(series), solver, fitted
-        self.inputs = held_inputs(series)
+        self.inputs = HeldInputs.of(series)
         self._options = ForecastOptions(solver, fitted.stride, LONGEST)
 
     @property
@@ -146,12 +146,8 @@ class Forecaster:
         every, place = torch.arange(seen.n_series, device=t.device), middle(seen)
         mean = self.model.encode(seen.around(every, place, LONGEST), place.unsqueeze(1)).mean[:, 0]
         rows = Rows(mean, place, every)
-        return self.model.field.rate(self.model.exact_path(rows, query, t, self.inputs, self.solver).z)
-
-
-def held_inputs(series: Series) -> HeldInputs | None:
-    """Known inputs of the series, if there are any."""
-    return HeldInputs(series) if series.covariates.shape[1] + series.static.shape[1] else None
+        known = None if self.inputs is None else self.inputs.at(query, t)
+        return self.model.field.rate(self.model.exact_path(rows, query, t, self.inputs, self.solver).z, known)
 
 
 def _portions(count: Tensor) -> Iterator[Tensor]:

@@ -19,12 +19,12 @@ from sklearn.utils.validation import check_array, check_consistent_length
 from skode.estimators.arguments import SHARED_CONSTRAINTS
 from skode.estimators.checks import unchanged_on_failure
 from skode.estimators.containers import Container
-from skode.estimators.fitted_latent import Array, FittedLatent, arrays_of, held_inputs
+from skode.estimators.fitted_latent import Array, FittedLatent, arrays_of
 from skode.estimators.latent_inputs import series_keys
 from skode.estimators.latent_queries import LatentQueries
 from skode.estimators.series_scaling import LONGEST, SeriesScaling
 from skode.estimators.table import Table
-from skode.models import FAMILIES, LatentConfig, LatentODE, Series
+from skode.models import FAMILIES, HeldInputs, LatentConfig, LatentODE, Series
 from skode.models.forecast import ForecastOptions
 from skode.models.predictive import Calibration
 from skode.models.trajectories import fit_prior
@@ -322,7 +322,7 @@ class LatentODERegressor(
                 f"warm_start goes on with the model of the last fit, {self._fitted.config}; the arguments and data now "
                 f"make {config}. Set them back, or fit with warm_start=False."
             )
-        series = scaling.series(panel, torch_dtype(self.dtype_), device)
+        series = scaling.series(panel, torch_dtype(self.dtype_), device, config.clock)
         if fresh:
             model = LatentODE(config, torch_generator(seeds[0])).to(torch_dtype(self.dtype_)).to(device)
         else:
@@ -483,7 +483,7 @@ def _in_double(task: Any) -> Any:
     given, target = (part.to(dtype=torch.float64) for part in (task.given, task.target))
     inputs = task.inputs
     if inputs is not None:
-        inputs = held_inputs(inputs.series.to(dtype=torch.float64))
+        inputs = HeldInputs.of(inputs.series.to(dtype=torch.float64))
     return type(task)(given, target, inputs)
 
 

@@ -182,7 +182,7 @@ class LatentInputs(BaseEstimator):
     def _forecaster(self, panel: Panel) -> Forecaster:
         device = resolve_device(self.device, "float64")
         device = torch.device("cpu") if device.type == "mps" else device
-        series = self._fitted.scaling.series(panel, torch.float64, device)
+        series = self._fitted.scaling.series(panel, torch.float64, device, self._fitted.config.clock)
         return Forecaster(self._fitted, series, device, self._solver())
 
     def _windows(self, panel: Panel, unit: float) -> NDArray[np.float64] | None:

@@ -231,7 +231,14 @@ class LatentQueries(LatentInputs):
         asked = forecaster.series
         with torch.no_grad():
             eta = prior_eta(
-                forecaster.model, forecaster.prior, offsets, asked.times, asked.static, None, forecaster.solver, eps
+                forecaster.model,
+                forecaster.prior,
+                offsets,
+                asked.times,
+                asked.static,
+                forecaster.inputs,
+                forecaster.solver,
+                eps,
             )
         of_row = row_keys(np.column_stack([_halves(np.repeat(keys, len(t))), np.tile(t[order], n_samples)]), seed)
         found = self._in_units(self._drawn(forecaster, eta[None], of_row, noise))[0]
@@ -243,7 +250,8 @@ class LatentQueries(LatentInputs):
         """For series without observations."""
         n_channels = len(self._fitted.config.families)
         scaled = torch.from_numpy(t / self._fitted.scaling.time)
-        series = Series.of(offsets, scaled, torch.full((len(t), n_channels), torch.nan, dtype=torch.float64))
+        empty = torch.full((len(t), n_channels), torch.nan, dtype=torch.float64)
+        series = Series.of(offsets, scaled, empty, clock=self._fitted.config.clock)
         return Forecaster(self._fitted, series, torch.device("cpu"), self._solver())
 
     @staticmethod

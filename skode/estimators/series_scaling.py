@@ -46,7 +46,9 @@ class SeriesScaling(NamedTuple):
             np.stack(_moments(panel.static)),
         )
 
-    def series(self, panel: Panel, dtype: torch.dtype, device: torch.device) -> Series:
+    def series(
+        self, panel: Panel, dtype: torch.dtype, device: torch.device, clock: tuple[float, float] | None
+    ) -> Series:
         """All rows of a panel, queries as rows without an observation, in its order; unknown static inputs are mean."""
         values = (panel.values - self.centre) / self.scale
         inputs = (panel.covariates - self.inputs[0]) / self.inputs[1]
@@ -57,6 +59,7 @@ class SeriesScaling(NamedTuple):
             torch.from_numpy(values),
             covariates=torch.from_numpy(inputs),
             static=torch.from_numpy(static),
+            clock=clock,
         )
         return made.to(device, dtype)
 

@@ -77,14 +77,14 @@ class LatentField(nn.Module):
         self.reach = nn.Parameter(torch.ones(n_dims))
         self.intensity: MLPField | None = None
         if intensity:
-            self.intensity = MLPField(n_dims, (32,), activation, False, n_outputs=1, generator=generator)
+            self.intensity = MLPField(n_dims + n_inputs, (32,), activation, False, n_outputs=1, generator=generator)
 
     def matrix(self) -> Tensor:
         """A ``(d, d)``."""
         return self.turn - self.turn.mT - torch.diag(softplus(self.damping))
 
-    def rate(self, z: Tensor) -> Tensor:
-        """The rate of events at states ``(n, d)``: ``(n,)``, positive.
+    def rate(self, z: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """The rate of events at states ``(n, d)`` and known inputs ``(n, n_inputs)``: ``(n,)``, positive.
 
         Raises
         ------
@@ -93,7 +93,8 @@ class LatentField(nn.Module):
         """
         if self.intensity is None:
             raise ValueError("this field was made without intensity=True.")
-        return self.rate_unit * softplus(self.intensity(z.new_zeros(len(z), 1), z)).squeeze(1)
+        seen = z if inputs is None else torch.cat([z, inputs], dim=1)
+        return self.rate_unit * softplus(self.intensity(z.new_zeros(len(z), 1), seen)).squeeze(1)
 
     def dynamics(
         self, durations: Tensor | None = None, inputs: Inputs | None = None, *, intensity: bool = False
@@ -163,19 +164,21 @@ class LatentDynamics:
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         matrix = self._field.matrix() if torch.is_grad_enabled() else self._matrix
-        bounded = torch.tanh(self._network(t, self._seen(t, y)))
+        seen = self._seen(t, y)
+        bounded = torch.tanh(self._network(t, seen))
         f = torch.addcmul(y @ matrix.mT, self._field.reach, bounded)
         if self._rate is not None:
-            f = torch.cat([f, self._field.rate_unit * softplus(self._rate(t, y))], dim=1)
+            f = torch.cat([f, self._field.rate_unit * softplus(self._rate(t, seen))], dim=1)
         return f if self._durations is None else f * self._durations
 
     def linearize(self, t: Tensor, y: Tensor) -> tuple[Tensor, _Tape]:
-        value, inner = self._network.linearize(t, self._seen(t, y))
+        seen = self._seen(t, y)
+        value, inner = self._network.linearize(t, seen)
         bounded = value.tanh_()
         f = torch.addcmul(y @ self._matrix.mT, self._field.reach, bounded)
         before, rate_inner = None, None
         if self._rate is not None:
-            before, rate_inner = self._rate.linearize(t, y)
+            before, rate_inner = self._rate.linearize(t, seen)
             f = torch.cat([f, self._field.rate_unit * softplus(before)], dim=1)
         tape = _Tape(y, bounded, inner, before, rate_inner)
         return (f if self._durations is None else f.mul_(self._durations)), tape
@@ -191,7 +194,8 @@ class LatentDynamics:
         dy = torch.addmm(through[:, :d], own, self._matrix)
         if self._rate is not None:
             assert tape.rate is not None
-            dy = dy + self._rate.pull(tape.rate_inner, a[:, d:] * (self._field.rate_unit * tape.rate.sigmoid()))[0]
+            through, _ = self._rate.pull(tape.rate_inner, a[:, d:] * (self._field.rate_unit * tape.rate.sigmoid()))
+            dy = dy + through[:, :d]
         tape.a = own
         return dy, a.new_zeros(len(a), 1) if time else None
 

@@ -19,7 +19,7 @@ from skode.models.encoders import EncoderConfig, make_encoder
 from skode.models.layers import Perceptron
 from skode.models.likelihoods import Likelihood
 from skode.models.odenet import SolverOptions
-from skode.models.series import HeldInputs, Series, groups, offsets_of
+from skode.models.series import CLOCK_INPUTS, HeldInputs, Series, groups, offsets_of
 from skode.solver import solve
 
 MOST_STEPS = 32  # of a row in training
@@ -102,7 +102,7 @@ class LatentODE(nn.Module):
         self.config = config
         self.n_levels = len(config.families) if config.anchored else 0
         self.n_dims = d = config.latent_dim + self.n_levels
-        n_inputs = config.n_covariates + config.n_static
+        n_inputs = config.n_covariates + config.n_static + (0 if config.clock is None else CLOCK_INPUTS)
         n_read = max(1, len(config.families) + config.n_covariates)
         reads = EncoderConfig(n_read, config.n_static, d, config.encoder_layer_sizes, config.clock, self.n_levels)
         self.encoder = make_encoder(config.encoder, reads, generator)

@@ -5,12 +5,15 @@ Symbols: B series, N observations in all, c channels, k known inputs over time, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+CLOCK_WAVES = 4  # half periods of the slowest wave of a clock are its length
+CLOCK_INPUTS = 1 + 2 * CLOCK_WAVES
 WASTE = 2.0  # padded rows over real ones, above which rows are grouped by length
 
 
@@ -32,6 +35,9 @@ class Series:
     covariates : tensor of shape (N, k)
         Known inputs over time: each holds until the series' next row, the first one before it, too.
     static : tensor of shape (B, s)
+    clock : (float, float), optional
+        Two times of a clock that all series share: the time's place between them, with a few sines and cosines of it, is
+        a known input.
 
     Examples
     --------
@@ -48,6 +54,7 @@ class Series:
     mask: Tensor
     covariates: Tensor
     static: Tensor
+    clock: tuple[float, float] | None = None
 
     @staticmethod
     def of(
@@ -57,13 +64,20 @@ class Series:
         mask: Tensor | None = None,
         covariates: Tensor | None = None,
         static: Tensor | None = None,
+        clock: tuple[float, float] | None = None,
     ) -> Series:
         """Series with what is not given left empty; without a mask NaN is unobserved."""
         mask = ~torch.isnan(values) if mask is None else mask
         values = torch.where(mask, values, 0.0)
         covariates = values.new_zeros(len(times), 0) if covariates is None else covariates
         static = values.new_zeros(len(offsets) - 1, 0) if static is None else static
-        return Series(offsets, times, values, mask, covariates, static)
+        return Series(offsets, times, values, mask, covariates, static, clock)
+
+    @property
+    def n_inputs(self) -> int:
+        """Known inputs: over time, static, and the clock's."""
+        own = self.covariates.shape[1] + self.static.shape[1]
+        return own if self.clock is None else own + CLOCK_INPUTS
 
     @property
     def n_series(self) -> int:
@@ -103,7 +117,13 @@ class Series:
         """Of some series the rows from ``starts`` on, ``lengths`` of them."""
         offsets, rows = ragged_rows(starts, lengths)
         return Series(
-            offsets, self.times[rows], self.values[rows], self.mask[rows], self.covariates[rows], self.static[series]
+            offsets,
+            self.times[rows],
+            self.values[rows],
+            self.mask[rows],
+            self.covariates[rows],
+            self.static[series],
+            self.clock,
         )
 
     def around(self, series: Tensor, t: Tensor, longest: int) -> Series:
@@ -132,6 +152,7 @@ class Series:
             self.mask[keep],
             self.covariates[keep],
             self.static,
+            self.clock,
         )
 
     def hidden(self, keep: Tensor) -> Series:
@@ -148,6 +169,7 @@ class Series:
             self.mask.to(device),
             self.covariates.to(device, dtype),
             self.static.to(device, dtype),
+            self.clock,
         )
 
 
@@ -230,7 +252,7 @@ class _Keys:
 
 
 class HeldInputs:
-    """Known inputs at any times: what holds until the next row, and the static ones.
+    """Known inputs at any times: what holds until the next row, the static ones, and the clock's.
 
     Parameters
     ----------
@@ -246,7 +268,16 @@ class HeldInputs:
         return self._series
 
     def at(self, series: Tensor, t: Tensor) -> Tensor:
-        """Inputs (n, k + s) of series (n,) at times (n,)."""
+        """Inputs (n, k + s) of series (n,) at times (n,), and the clock's: place, sines and cosines."""
+        held = self._held(series, t)
+        if self._series.clock is None:
+            return held
+        low, high = self._series.clock
+        place = (2 * ((t - low) / max(high - low, 1e-12)).clamp(-0.5, 1.5) - 1).to(held).unsqueeze(1)
+        waves = place * (math.pi * torch.arange(1, CLOCK_WAVES + 1, dtype=held.dtype, device=held.device))
+        return torch.cat([held, place, waves.sin(), waves.cos()], dim=1)
+
+    def _held(self, series: Tensor, t: Tensor) -> Tensor:
         own = self._series
         if not own.covariates.shape[1]:
             return own.static[series]
@@ -257,6 +288,11 @@ class HeldInputs:
             else own.covariates.new_zeros(len(row), own.covariates.shape[1])
         )
         return torch.cat([torch.where((own.lengths[series] > 0).unsqueeze(1), held, 0.0), own.static[series]], dim=1)
+
+    @staticmethod
+    def of(series: Series) -> HeldInputs | None:
+        """Of the series, if they have any."""
+        return HeldInputs(series) if series.n_inputs else None
 
     def along(self, series: Tensor, start: Tensor, durations: Tensor) -> Callable[[Tensor], Tensor]:
         """For rows that start at times (n,) and last (n, 1): a function of the share of it that has gone, (n, 1)."""

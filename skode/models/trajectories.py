@@ -269,6 +269,7 @@ def _log_likelihood(
         if windows is None:
             windows = torch.stack([series.first, series.last], dim=1)
         expected = model.path(rows, index[:0], series.times[:0], inputs, steps_per_unit=16, window=windows).expected
-        each = each + model.field.rate(z).log()
+        known = None if inputs is None else inputs.at(rows.series[index], series.times)
+        each = each + model.field.rate(z, known).log()
     total = each.new_zeros(series.n_series).index_add(0, index, each)
     return total if expected is None else total - expected

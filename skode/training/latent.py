@@ -304,7 +304,8 @@ def latent_loss(
     )
     total = log_likelihood(model, path.z, told)
     if path.expected is not None:
-        total = total + model.field.rate(path.z).log().sum() - path.expected.sum()
+        known = None if panel.inputs is None else panel.inputs.at(batch.ids[index], told.times)
+        total = total + model.field.rate(path.z, known).log().sum() - path.expected.sum()
     n_told = int(told.mask.sum()) + (len(index) if window is not None else 0)
     n_all = int(series.mask.sum()) + (len(index) if window is not None else 0)
     loss = kl_weight * posterior.divergence().sum() / max(n_all, 1) - total / max(n_told, 1)

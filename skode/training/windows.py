@@ -34,10 +34,9 @@ class Panel:
     @staticmethod
     def of(series: Series, windows: Tensor | None = None, targets: Tensor | None = None) -> Panel:
         """A panel of series as they come; events are counted from the first to the last row if not told otherwise."""
-        known = series.covariates.shape[1] + series.static.shape[1] > 0
         if windows is None:
             windows = torch.stack([series.first, series.last], dim=1)
-        return Panel(observed(series), HeldInputs(series) if known else None, windows, targets)
+        return Panel(observed(series), HeldInputs.of(series), windows, targets)
 
 
 def observed(series: Series) -> Series:
@@ -146,16 +145,14 @@ def split_parts(series: Series, generator: torch.Generator) -> tuple[Series, lis
     by_tail = torch.rand(series.n_series, generator=generator, dtype=torch.float64).to(hide.device) < 0.5
     index = series.index
     hide = torch.where(by_tail[index], hide, draws < 0.25) & (series.lengths >= SHORTEST)[index]
-    known = series.covariates.shape[1] + series.static.shape[1] > 0
-    inputs = HeldInputs(series) if known else None
+    inputs = HeldInputs.of(series)
     own = series.where(~hide)
     return own, [HeldOut(own, series.where(hide), inputs)]
 
 
 def held_out_tasks(series: Series, generator: torch.Generator, shares: tuple[float, ...] = PREFIXES) -> list[HeldOut]:
     """Predict the rest from prefixes of these shares, and from a random half."""
-    known = series.covariates.shape[1] + series.static.shape[1] > 0
-    inputs = HeldInputs(series) if known else None
+    inputs = HeldInputs.of(series)
     own = observed(series)
     hides = [_tail(own, share) for share in shares]
     hides.append(torch.rand(len(own.times), generator=generator, dtype=torch.float64).to(own.times.device) < 0.5)

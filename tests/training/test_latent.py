@@ -272,7 +272,9 @@ def test_a_rate_of_events_is_learned() -> None:
         own = rng.uniform(0, 1, rng.poisson(40))
         times.append(np.sort(own[rng.uniform(size=len(own)) < np.where(own < 0.5, 0.2, 1.0)]))
     offsets = offsets_of(torch.tensor([len(own) for own in times]))
-    series = Series.of(offsets, torch.from_numpy(np.concatenate(times)), torch.zeros(int(offsets[-1]), 0))
+    series = Series.of(
+        offsets, torch.from_numpy(np.concatenate(times)), torch.zeros(int(offsets[-1]), 0), clock=(0.0, 1.0)
+    )
     config = LatentConfig(
         (),
         latent_dim=3,
@@ -290,8 +292,9 @@ def test_a_rate_of_events_is_learned() -> None:
     with torch.no_grad():
         middle = torch.full((n, 1), 0.5, dtype=torch.float64)
         rows = Rows(model.encode(series, middle).mean[:, 0], middle[:, 0], torch.arange(n))
-        z = model.exact_path(rows, torch.arange(n).repeat_interleave(2), t.repeat(n), None, SOLVER).z
-        rate = model.field.rate(z).view(n, 2).mean(0)
+        which, inputs = torch.arange(n).repeat_interleave(2), HeldInputs(series)
+        z = model.exact_path(rows, which, t.repeat(n), inputs, SOLVER).z
+        rate = model.field.rate(z, inputs.at(which, t.repeat(n)).float()).view(n, 2).mean(0)
     assert 5 < float(rate[0]) < 13 and 30 < float(rate[1]) < 50
 
 
