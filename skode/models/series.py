@@ -36,7 +36,7 @@ class Series:
         Known inputs over time: each holds until the series' next row, the first one before it, too.
     static : tensor of shape (B, s)
     clock : (float, float), optional
-        Two times of a clock that all series share: the time's place between them, with a few sines and cosines of it, is
+        Two times of a clock that all series share: the time's place between them, with a few sines and cosines, is
         a known input.
 
     Examples
