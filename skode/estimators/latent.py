@@ -42,13 +42,15 @@ from skode.training import LatentData, LatentHistory, LatentOptions, train_laten
 from skode.training.calibration import calibrate, choose_stride
 
 ENCODERS = ("kernel", "rnn", "ode_rnn", "attention")
-# Updates without and with targets: at least, and for the square root of the number of observed values.
-UPDATES, UPDATES_FOR_TARGETS = (400, 25.0), (60, 6.0)
+# Updates: at least, and for the square root of the number of observed values.
+UPDATES, UPDATES_FOR_TARGETS, UPDATES_FOR_EVENTS = (400, 25.0), (60, 6.0), (400, 6.0)
 MOST_UPDATES = 3_000
 UPDATES_A_CHECK = 10  # at least
 MANY_VALUES, SMALLEST_RATE, LARGEST_RATE = 60_000, 3e-3, 8e-3
 FEWEST_WINDOWS = 16  # of an update
-STEPS, STEPS_FOR_TARGETS = 4.0, 2.0  # of RK4 for a median span; targets are read from the encoder alone
+# Steps of RK4 for a median span. Targets are read from the encoder alone; a rate's integral must see every wave that
+# the rate can have, or events draw spikes between the steps.
+STEPS, STEPS_FOR_TARGETS, STEPS_FOR_EVENTS = 4.0, 2.0, 16.0
 FEWEST_ROWS = 8  # observed ones, to hold any out by default
 
 
@@ -115,7 +117,7 @@ class LatentODERegressor(
         Falls to 0 as a cosine. None: 8e-3 for 60,000 observed values and with targets, less for fewer, 3e-3 at least.
     max_iter : int, optional
         Updates. None: 25 times the square root of the number of observed values, 400 at least and 3000 at most; with
-        targets 6 times and 60 at least.
+        targets 6 times and 60 at least, for point processes 6 times.
     shuffle : bool, default=True
         Whether series come in random order.
     random_state : int, RandomState, Generator or None
@@ -417,6 +419,8 @@ class LatentODERegressor(
         n, rate = self.max_iter, self.learning_rate_init
         if n is None:
             fewest, a_root = UPDATES_FOR_TARGETS if with_targets else UPDATES
+            if self.point_process:
+                fewest, a_root = UPDATES_FOR_EVENTS
             n = round(min(max(a_root * math.sqrt(n_values), fewest), MOST_UPDATES))
         if rate is None:
             scaled = LARGEST_RATE * math.sqrt(n_values / MANY_VALUES)
@@ -427,7 +431,7 @@ class LatentODERegressor(
             learning_rate_init=float(rate),
             alpha=float(self.alpha),
             kl_weight=float(self.kl_weight),
-            steps_per_unit=STEPS_FOR_TARGETS if with_targets else STEPS,
+            steps_per_unit=STEPS_FOR_EVENTS if self.point_process else STEPS_FOR_TARGETS if with_targets else STEPS,
             longest=LONGEST,
             n_checks=max(1, min(20, int(n) // UPDATES_A_CHECK)),
             n_checks_no_change=int(self.n_iter_no_change),
