@@ -20,6 +20,7 @@ from skode.training.calibration import distances
 from skode.training.windows import observed
 
 Array = NDArray[np.float64]
+FARTHEST_BACK = 2.0  # median spans before the first observation; what is predicted before that stays the same
 CLONED_ROWS = 200_000  # rows of the pasts of queries that are held at a time
 
 
@@ -99,7 +100,7 @@ class Forecaster:
         eta, spread = self._unread(len(t))
         known = torch.nonzero((seen.lengths > 0)[query]).view(-1)
         query, t = query[known], t[known]
-        found = outlook(self.model, seen, query, t, inputs, self._options)
+        found = outlook(self.model, seen, query, _not_too_early(seen, query, t), inputs, self._options)
         ahead = t > seen.last[query]
         off = self._fitted.calibration.spread(found.disagreement, distances(seen, query, t), ahead)
         eta[known], spread[known] = found.eta, off
@@ -126,11 +127,13 @@ class Forecaster:
         eta, spread = self.moments(query, t)
         known = torch.nonzero((self.seen.lengths > 0)[query]).view(-1)
         out = eta.repeat(eps.shape[1], 1, 1)
+        if not len(known):
+            return out
         out[:, known] = posterior_eta(
             self.model,
             self.seen,
             query[known],
-            t[known],
+            _not_too_early(self.seen, query[known], t[known]),
             self.inputs,
             eta[known],
             spread[known],
@@ -148,6 +151,11 @@ class Forecaster:
         rows = Rows(mean, place, every)
         known = None if self.inputs is None else self.inputs.at(query, t)
         return self.model.field.rate(self.model.exact_path(rows, query, t, self.inputs, self.solver).z, known)
+
+
+def _not_too_early(seen: Series, query: Tensor, t: Tensor) -> Tensor:
+    """Times, those long before a series' first observation put off: what is damped in time grows without bound back."""
+    return torch.maximum(t, seen.first[query] - FARTHEST_BACK)
 
 
 def _portions(count: Tensor) -> Iterator[Tensor]:

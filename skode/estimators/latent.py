@@ -316,6 +316,7 @@ class LatentODERegressor(
         self.dtype_ = resolve_dtype(self.dtype, data_dtype, device)
         seeds = seed_sequence(self.random_state).spawn(3)
         families = self._families(panel.columns)
+        self._check_support(panel, families)
         scaling = SeriesScaling.fit(panel, families) if fresh else self._fitted.scaling
         self._unit_of_time = scaling.time
         config = self._config(panel, scaling, families, 0 if targets is None else targets.shape[1])
@@ -330,8 +331,9 @@ class LatentODERegressor(
         else:
             model = self._fitted.build(torch_dtype(self.dtype_), device)
         data = self._split(panel, series, targets, torch_generator(seeds[1]))
+        report = Table(validated=bool(data.held_out)) if self.verbose else None
         options = self._latent_options(panel, with_targets=targets is not None)
-        history = train_latent(model, data, options, torch_generator(seeds[2]), self._report(data))
+        history = train_latent(model, data, options, torch_generator(seeds[2]), report)
         self._keep(model, config, scaling, series, data, history)
         self._training_keys = np.unique(series_keys(panel, 0))
 
@@ -439,9 +441,6 @@ class LatentODERegressor(
             shuffle=bool(self.shuffle),
             gradient=self.gradient,
         )
-
-    def _report(self, data: LatentData) -> Table | None:
-        return Table(validated=bool(data.held_out)) if self.verbose else None
 
     def _keep(
         self,

@@ -133,6 +133,31 @@ class LatentInputs(BaseEstimator):
             raise ValueError(f"likelihood {unknown[0]!r} is none of {', '.join(FAMILIES)}.")
         return tuple(families)
 
+    @staticmethod
+    def _check_support(panel: Panel, families: tuple[str, ...]) -> None:
+        """Refuse counts that are none, and binary values other than 0 and 1.
+
+        Raises
+        ------
+        ValueError
+            It names the first.
+        """
+        for i, family in enumerate(families):
+            x = panel.values[:, i]
+            known = ~np.isnan(x)
+            if family == "bernoulli":
+                bad, told = known & (x != 0) & (x != 1), "0 and 1"
+            elif family == "poisson":
+                bad, told = known & ((x < 0) | (x != np.round(x))), "whole numbers, 0 or more"
+            else:
+                continue
+            if bad.any():
+                row = int(np.flatnonzero(bad)[0])
+                raise ValueError(
+                    f"channel {panel.columns[i]!r} has the likelihood {family!r}, which takes {told}; series "
+                    f"{shown(panel.ids[panel.series[row]])} has {x[row]:g}."
+                )
+
     def _known_channels(self, panel: Panel) -> Panel:
         """The channels that the model has, on the clock of the fit."""
         if self._shared_clock:

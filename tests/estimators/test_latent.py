@@ -495,6 +495,25 @@ def test_the_unit_of_time_does_not_matter(unit):
     np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7)
 
 
+def test_series_without_any_observation_have_samples_and_bounds(quick):
+    empty = Panel.from_dense(np.full((2, 5, 1), np.nan), columns=["y"])
+    assert np.isfinite(quick.sample(empty, n_samples=2, random_state=0)).all()
+    assert (quick.score_samples(empty) == 0).all()
+
+
+def test_long_before_the_first_observation_predictions_are_finite_and_unsure(model):
+    mean, std = model.predict(panel_of(3, 1), times=[-1e6, 3.0], return_std=True)
+    assert np.isfinite(mean).all() and (std[:, 0] > std[:, 1]).all()
+
+
+@pytest.mark.parametrize(("likelihood", "value"), [("poisson", -1.0), ("poisson", 0.5), ("bernoulli", 2.0)])
+def test_values_that_a_likelihood_cannot_have_are_refused(likelihood, value):
+    X = np.ones((3, 4))
+    X[1, 2] = value
+    with pytest.raises(ValueError, match="series 1 has"):
+        LatentODERegressor(likelihood=likelihood).fit(X)
+
+
 def test_nothing_to_learn_from_is_refused():
     with pytest.raises(ValueError, match="all are NaN"):
         LatentODERegressor().fit(Panel.from_dense(np.full((3, 4), np.nan)))
