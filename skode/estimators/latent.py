@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
@@ -22,6 +22,7 @@ from skode.estimators.containers import Container
 from skode.estimators.fitted_latent import Array, FittedLatent, arrays_of
 from skode.estimators.latent_inputs import series_keys
 from skode.estimators.latent_queries import LatentQueries
+from skode.estimators.latent_schedule import latent_options
 from skode.estimators.series_scaling import LONGEST, SeriesScaling
 from skode.estimators.table import Table
 from skode.models import FAMILIES, HeldInputs, LatentConfig, LatentODE, Series
@@ -38,19 +39,10 @@ from skode.runtime import (
     torch_dtype,
     torch_generator,
 )
-from skode.training import LatentData, LatentHistory, LatentOptions, train_latent
+from skode.training import LatentData, LatentHistory, train_latent
 from skode.training.calibration import calibrate, choose_stride
 
 ENCODERS = ("kernel", "rnn", "ode_rnn", "attention")
-# Updates: at least, and for the square root of the number of observed values.
-UPDATES, UPDATES_FOR_TARGETS, UPDATES_FOR_EVENTS = (400, 25.0), (60, 6.0), (400, 6.0)
-MOST_UPDATES = 3_000
-UPDATES_A_CHECK = 10  # at least
-MANY_VALUES, SMALLEST_RATE, LARGEST_RATE = 60_000, 3e-3, 8e-3
-FEWEST_WINDOWS = 16  # of an update
-# Steps of RK4 for a median span. Targets are read from the encoder alone; a rate's integral must see every wave that
-# the rate can have, or events draw spikes between the steps.
-STEPS, STEPS_FOR_TARGETS, STEPS_FOR_EVENTS = 4.0, 2.0, 16.0
 FEWEST_ROWS = 8  # observed ones, to hold any out by default
 
 
@@ -113,10 +105,10 @@ class LatentODERegressor(
         Weight of the divergence of the encoder's posterior from N(0, I).
     batch_size : int, default=100
         Windows of an update, at most; as many as there are series, or 16.
-    learning_rate_init : float, optional
-        Falls to 0 as a cosine. None: 8e-3 for 60,000 observed values and with targets, less for fewer, 3e-3 at least.
+    learning_rate_init : float, default=8e-3
+        Falls to 0 as a cosine.
     max_iter : int, optional
-        Updates. None: 25 times the square root of the number of observed values, 400 at least and 3000 at most; with
+        Updates. None: 25 times the square root of the number of observed values, 600 at least and 3000 at most; with
         targets 6 times and 60 at least, for point processes 6 times.
     shuffle : bool, default=True
         Whether series come in random order.
@@ -129,11 +121,12 @@ class LatentODERegressor(
         Go on with the weights and scales of the last fit.
     early_stopping : "auto" or bool, default="auto"
         Whether a part is held out, and the weights that predict it best are kept: series where there are 100 (20 with
-        targets), else parts of the series. It also calibrates intervals. "auto": from 8 observed rows on.
+        targets), else parts of the series, after which training goes over all of them again. It also calibrates
+        intervals. "auto": from 8 observed rows on.
     validation_fraction : float, default=0.15
         Held-out share of many series; of the rows of few series it is a quarter.
-    n_iter_no_change : int, default=5
-        Checks without a rise after which training ends; there are 20 of them, 20 updates apart at least.
+    n_iter_no_change : int, default=10
+        Checks without a rise after which training ends; there are 20 of them, 10 updates apart at least.
 
     Attributes
     ----------
@@ -192,7 +185,6 @@ class LatentODERegressor(
         "holdout": [StrOptions({"last", "random"})],
         "kl_weight": [Interval(Real, 0, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
-        "learning_rate_init": [None, Interval(Real, 0, None, closed="neither")],
         "max_iter": [None, Interval(Integral, 0, None, closed="left")],
     }
 
@@ -225,7 +217,7 @@ class LatentODERegressor(
         alpha: float = 1e-4,
         kl_weight: float = 0.3,
         batch_size: int = 100,
-        learning_rate_init: float | None = None,
+        learning_rate_init: float = 8e-3,
         max_iter: int | None = None,
         shuffle: bool = True,
         random_state: Any = None,
@@ -234,7 +226,7 @@ class LatentODERegressor(
         warm_start: bool = False,
         early_stopping: str | bool = "auto",
         validation_fraction: float = 0.15,
-        n_iter_no_change: int = 5,
+        n_iter_no_change: int = 10,
     ) -> None:
         self.latent_dim = latent_dim
         self.hidden_layer_sizes = hidden_layer_sizes
@@ -326,15 +318,18 @@ class LatentODERegressor(
                 f"make {config}. Set them back, or fit with warm_start=False."
             )
         series = scaling.series(panel, torch_dtype(self.dtype_), device, config.clock)
-        if fresh:
-            model = LatentODE(config, torch_generator(seeds[0])).to(torch_dtype(self.dtype_)).to(device)
-        else:
-            model = self._fitted.build(torch_dtype(self.dtype_), device)
-        data = self._split(panel, series, targets, torch_generator(seeds[1]))
+        model = self._model(config, seeds[0], device, fresh)
+        data = self._split(panel, series, targets, torch_generator(seeds[1]), self._validates(panel))
         report = Table(validated=bool(data.held_out)) if self.verbose else None
-        options = self._latent_options(panel, with_targets=targets is not None)
+        options = latent_options(self, panel, with_targets=targets is not None)
         history = train_latent(model, data, options, torch_generator(seeds[2]), report)
-        self._keep(model, config, scaling, series, data, history)
+        stride, calibration = self._judged(model, data)
+        if fresh and data.in_parts:
+            # What was held out of the few series is trained on, too: once more, as far as the best weights were.
+            model = self._model(config, seeds[0], device, fresh)
+            data = self._split(panel, series, targets, torch_generator(seeds[1]), False)
+            train_latent(model, data, replace(options, stop_after=history.best_update), torch_generator(seeds[2]))
+        self._keep(model, config, scaling, series, stride, calibration, history)
         self._training_keys = np.unique(series_keys(panel, 0))
 
     def _read_training(self, X: Any, y: Any, fresh: bool) -> tuple[Container, NDArray[Any] | None, np.dtype[Any]]:
@@ -399,11 +394,26 @@ class LatentODERegressor(
                 raise ValueError(f"{name} must be whole numbers above 0, got {getattr(self, name)!r}.")
         return self.hidden_layer_sizes, self.encoder_layer_sizes, self.decoder_layer_sizes
 
-    def _split(
-        self, panel: Panel, series: Series, targets: NDArray[Any] | None, generator: torch.Generator
-    ) -> LatentData:
+    def _model(
+        self, config: LatentConfig, seed: np.random.SeedSequence, device: torch.device, fresh: bool
+    ) -> LatentODE:
+        if not fresh:
+            return self._fitted.build(torch_dtype(self.dtype_), device)
+        return LatentODE(config, torch_generator(seed)).to(torch_dtype(self.dtype_)).to(device)
+
+    def _validates(self, panel: Panel) -> bool:
+        """Whether a part is held out."""
         seen = ~np.isnan(panel.values).all(axis=1)
-        validate = self.early_stopping is True or (self.early_stopping == "auto" and seen.sum() >= FEWEST_ROWS)
+        return self.early_stopping is True or (self.early_stopping == "auto" and bool(seen.sum() >= FEWEST_ROWS))
+
+    def _split(
+        self,
+        panel: Panel,
+        series: Series,
+        targets: NDArray[Any] | None,
+        generator: torch.Generator,
+        validate: bool,
+    ) -> LatentData:
         ends = self._windows(panel, self._unit_of_time)
         windows = None if ends is None else torch.from_numpy(ends).to(series.times.device)
         known = None if targets is None else torch.from_numpy(targets).to(series.values)
@@ -416,31 +426,15 @@ class LatentODERegressor(
             targets=known,
         )
 
-    def _latent_options(self, panel: Panel, *, with_targets: bool) -> LatentOptions:
-        n_values = int((~np.isnan(panel.values)).sum()) + (len(panel.times) if self.point_process else 0)
-        n, rate = self.max_iter, self.learning_rate_init
-        if n is None:
-            fewest, a_root = UPDATES_FOR_TARGETS if with_targets else UPDATES
-            if self.point_process:
-                fewest, a_root = UPDATES_FOR_EVENTS
-            n = round(min(max(a_root * math.sqrt(n_values), fewest), MOST_UPDATES))
-        if rate is None:
-            scaled = LARGEST_RATE * math.sqrt(n_values / MANY_VALUES)
-            rate = LARGEST_RATE if with_targets else float(np.clip(scaled, SMALLEST_RATE, LARGEST_RATE))
-        return LatentOptions(
-            n_updates=int(n),
-            batch_size=min(int(self.batch_size), max(len(panel), FEWEST_WINDOWS)),
-            learning_rate_init=float(rate),
-            alpha=float(self.alpha),
-            kl_weight=float(self.kl_weight),
-            steps_per_unit=STEPS_FOR_EVENTS if self.point_process else STEPS_FOR_TARGETS if with_targets else STEPS,
-            longest=LONGEST,
-            n_checks=max(1, min(20, int(n) // UPDATES_A_CHECK)),
-            n_checks_no_change=int(self.n_iter_no_change),
-            tol=float(self.tol),
-            shuffle=bool(self.shuffle),
-            gradient=self.gradient,
-        )
+    def _judged(self, model: LatentODE, data: LatentData) -> tuple[float | None, Calibration]:
+        """How far forecasts hop, and how far they may be off, by what was held out."""
+        options, config = ForecastOptions(self._solver(), 0.5, LONGEST), model.config
+        if not data.held_out or not config.families or config.n_targets:
+            return options.stride, Calibration.plain(len(config.families))
+        own = deepcopy(model).double().eval()
+        held = [_in_double(task) for task in data.held_out]
+        stride = choose_stride(own, held, options)
+        return stride, calibrate(own, held, replace(options, stride=stride))
 
     def _keep(
         self,
@@ -448,19 +442,13 @@ class LatentODERegressor(
         config: LatentConfig,
         scaling: SeriesScaling,
         series: Series,
-        data: LatentData,
+        stride: float | None,
+        calibration: Calibration,
         history: LatentHistory,
     ) -> None:
         """Fitted attributes."""
         model = model.double().eval()
         series = series.to(dtype=torch.float64)
-        held = [_in_double(task) for task in data.held_out]
-        options = ForecastOptions(self._solver(), 0.5, LONGEST)
-        stride: float | None = 0.5
-        calibration = Calibration.plain(len(config.families))
-        if held and config.families and not config.n_targets:
-            stride = choose_stride(model, held, options)
-            calibration = calibrate(model, held, replace(options, stride=stride))
         prior = fit_prior(model, series, LONGEST)
         self._fitted = FittedLatent(
             config,

@@ -34,7 +34,7 @@ class LatentOptions:
     ``kl_weight`` the divergence's weight after a linear warm-up over the first ``kl_warm_up`` of the updates;
     ``steps_per_unit`` RK4 steps are taken for a unit of time; of series longer than ``longest`` rows an update sees a
     stretch; with ``validate`` the weights of the best of ``n_checks`` held-out scores are kept, and training ends
-    after ``n_checks_no_change`` without a better one.
+    after ``n_checks_no_change`` without a better one, or in any case after ``stop_after`` updates.
     """
 
     n_updates: int = 3000
@@ -51,6 +51,7 @@ class LatentOptions:
     tol: float = 0.0
     shuffle: bool = True
     gradient: str = "discrete"
+    stop_after: int | None = None
 
 
 @dataclass
@@ -65,11 +66,12 @@ class LatentHistory:
 
 @dataclass(frozen=True, eq=False)
 class LatentData:
-    """What is trained on, what is held out of it, and held-out whole series with their targets."""
+    """What is trained on, what is held out (``in_parts`` of all series), and held-out series with their targets."""
 
     panel: Panel
     held_out: list[HeldOut]
     held_targets: tuple[Series, Tensor] | None = None
+    in_parts: bool = False
 
     @staticmethod
     def split(
@@ -107,7 +109,7 @@ class LatentData:
         if n < (MANY_SERIES if targets is None else MANY_TARGETS):
             own, tasks = split_parts(whole.series, generator)
             tasks = [task._replace(inputs=whole.inputs) for task in tasks]
-            return LatentData(Panel(own, whole.inputs, whole.windows, targets), tasks)
+            return LatentData(Panel(own, whole.inputs, whole.windows, targets), tasks, in_parts=True)
         order = torch.randperm(n, generator=generator).to(series.times.device)
         n_held = min(max(1, int(share * n)), MOST_HELD_OUT)
         out, inside = order[:n_held].sort().values, order[n_held:].sort().values
@@ -191,9 +193,10 @@ class _Run:
         options = self.options
         every = max(1, options.n_updates // options.n_checks)
         total, without = 0.0, 0
-        for k in range(options.n_updates):
+        last = options.n_updates if options.stop_after is None else min(options.stop_after, options.n_updates)
+        for k in range(last):
             total += self._update(k)
-            if (k + 1) % every and k + 1 < options.n_updates:
+            if (k + 1) % every and k + 1 < last:
                 continue
             self._note(total / ((k % every) + 1))
             total = 0.0
