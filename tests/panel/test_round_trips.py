@@ -52,7 +52,7 @@ def frames(draw: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:the times of")
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(frames())
 def test_columns_come_back_with_index_order_dtypes_and_zones(frame: Any) -> None:
     panel = Panel.from_long(frame, series_id="id", time="t")
@@ -61,7 +61,7 @@ def test_columns_come_back_with_index_order_dtypes_and_zones(frame: Any) -> None
 
 
 @pytest.mark.filterwarnings("ignore:the times of")
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(frames())
 def test_a_two_level_index_comes_back(frame: Any) -> None:
     frame = frame.set_index(["id", "t"])
@@ -71,7 +71,7 @@ def test_a_two_level_index_comes_back(frame: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the times of")
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(frames())
 def test_frames_come_back(frame: Any) -> None:
     parts = {label: part.set_index("t")[["a", "b"]] for label, part in frame.groupby("id", sort=False, observed=True)}
