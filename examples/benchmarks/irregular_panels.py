@@ -141,7 +141,10 @@ def table(results: dict[str, Any], sets: list[str], methods: list[str], seeds: i
         if np.isnan(columns[OURS]).any():
             continue
         means = {method: values.mean() for method, values in columns.items()}
-        best = min((sign * v, m) for m, v in means.items() if m != OURS and np.isfinite(v))[1]
+        others = [(sign * v, m) for m, v in means.items() if m != OURS and np.isfinite(v)]
+        if not others:
+            continue
+        best = min(others)[1]
         gap, error = verdict(columns[OURS], columns[best])
         word = "first" if sign * gap < 0 else ("tied" if abs(gap) < error else "")
         first, tied = first + (word == "first"), tied + (word == "tied")
