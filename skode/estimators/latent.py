@@ -310,8 +310,7 @@ class LatentODERegressor(
         families = self._families(panel.columns)
         self._check_support(panel, families)
         scaling = SeriesScaling.fit(panel, families) if fresh else self._fitted.scaling
-        self._unit_of_time = scaling.time
-        config = self._config(panel, scaling, families, 0 if targets is None else targets.shape[1])
+        config = self._config(panel, scaling, families, 0 if targets is None else targets.shape[1], fresh)
         if not fresh and config != self._fitted.config:
             raise ValueError(
                 f"warm_start goes on with the model of the last fit, {self._fitted.config}; the arguments and data now "
@@ -319,7 +318,8 @@ class LatentODERegressor(
             )
         series = scaling.series(panel, torch_dtype(self.dtype_), device, config.clock)
         model = self._model(config, seeds[0], device, fresh)
-        data = self._split(panel, series, targets, torch_generator(seeds[1]), self._validates(panel))
+        windows = self._windows(panel, scaling.time)
+        data = self._split(series, windows, targets, torch_generator(seeds[1]), self._validates(panel))
         report = Table(validated=bool(data.held_out)) if self.verbose else None
         options = latent_options(self, panel, with_targets=targets is not None)
         history = train_latent(model, data, options, torch_generator(seeds[2]), report)
@@ -327,7 +327,7 @@ class LatentODERegressor(
         if fresh and data.in_parts:
             # What was held out of the few series is trained on, too: once more, as far as the best weights were.
             model = self._model(config, seeds[0], device, fresh)
-            data = self._split(panel, series, targets, torch_generator(seeds[1]), False)
+            data = self._split(series, windows, targets, torch_generator(seeds[1]), False)
             train_latent(model, data, replace(options, stop_after=history.best_update), torch_generator(seeds[2]))
         self._keep(model, config, scaling, series, stride, calibration, history)
         self._training_keys = np.unique(series_keys(panel, 0))
@@ -350,12 +350,16 @@ class LatentODERegressor(
             self._target_scale = np.stack([Y.mean(axis=0), np.where(scale > 0, scale, 1.0)])
         return container, (Y - self._target_scale[0]) / self._target_scale[1], dtype
 
-    def _config(self, panel: Panel, scaling: SeriesScaling, families: tuple[str, ...], n_targets: int) -> LatentConfig:
-        clock = None
-        if self._shared_clock and len(panel.times):
-            clock = (float(panel.times.min()) / scaling.time, float(panel.times.max()) / scaling.time)
-        if not hasattr(self, "_fitted") or not self.warm_start:
-            self._clock_range, self._base_rate = clock, self._events_a_unit(panel, scaling)
+    def _config(
+        self, panel: Panel, scaling: SeriesScaling, families: tuple[str, ...], n_targets: int, fresh: bool
+    ) -> LatentConfig:
+        """Of the arguments and the panel; a warm start keeps its clock and its rate of events."""
+        if fresh:
+            clock, base_rate = None, self._events_a_unit(panel, scaling)
+            if self._shared_clock and len(panel.times):
+                clock = (float(panel.times.min()) / scaling.time, float(panel.times.max()) / scaling.time)
+        else:
+            clock, base_rate = self._fitted.config.clock, self._fitted.config.base_rate
         sizes = (np.atleast_1d(np.asarray(part)) for part in self._sizes())
         hidden, encoder, decoder = (tuple(int(n) for n in part) for part in sizes)
         return LatentConfig(
@@ -370,8 +374,8 @@ class LatentODERegressor(
             self.activation,
             bool(self.point_process),
             n_targets,
-            clock=self._clock_range,
-            base_rate=self._base_rate,
+            clock=clock,
+            base_rate=base_rate,
         )
 
     def _events_a_unit(self, panel: Panel, scaling: SeriesScaling) -> float:
@@ -408,21 +412,19 @@ class LatentODERegressor(
 
     def _split(
         self,
-        panel: Panel,
         series: Series,
+        windows: Array | None,
         targets: NDArray[Any] | None,
         generator: torch.Generator,
         validate: bool,
     ) -> LatentData:
-        ends = self._windows(panel, self._unit_of_time)
-        windows = None if ends is None else torch.from_numpy(ends).to(series.times.device)
         known = None if targets is None else torch.from_numpy(targets).to(series.values)
         return LatentData.split(
             series,
             generator,
             validate=validate,
             share=float(self.validation_fraction),
-            windows=windows,
+            windows=None if windows is None else torch.from_numpy(windows).to(series.times.device),
             targets=known,
         )
 

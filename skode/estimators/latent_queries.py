@@ -305,7 +305,7 @@ class LatentQueries(LatentInputs):
             ),
         )
         seen = ~np.isnan(panel.values)
-        scales = np.bincount(panel.series, seen @ np.log(self._fitted.scaling.scale), minlength=len(panel))
+        scales = np.bincount(panel.series, seen @ self._fitted.scaling.log_scale, minlength=len(panel))
         if config.point_process:
             events = np.bincount(panel.series, seen.any(axis=1) if panel.columns else None, minlength=len(panel))
             scales = scales + events * math.log(self._fitted.scaling.time)
@@ -387,9 +387,8 @@ class LatentQueries(LatentInputs):
         eta, spread = self._solved(panel, lambda: forecaster.moments(*where))
         scaling, truth = self._fitted.scaling, panel.values[rows]
         scaled = torch.from_numpy((truth - scaling.centre) / scaling.scale)
-        log_density = to_numpy(forecaster.predictive(eta, spread).log_prob(torch.nan_to_num(scaled))) - np.log(
-            scaling.scale
-        )
+        found = forecaster.predictive(eta, spread).log_prob(torch.nan_to_num(scaled))
+        log_density = to_numpy(found) - scaling.log_scale
         return float(log_density[~np.isnan(truth)].mean())
 
     def _hidden(self, panel: Panel) -> NDArray[np.bool_]:

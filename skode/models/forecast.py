@@ -169,7 +169,7 @@ class _Part:
         points = self._points()
         end, hop = self.last, 0
         active = torch.nonzero(horizon > 0).view(-1)
-        window = self._window(active, end[active], points, None)
+        window = self._window(active, end[active], points)
         while len(active):
             final = hop + 1 == MOST_HOPS
             until = end + stride
@@ -202,7 +202,7 @@ class _Part:
         start = torch.maximum(self.first[ids], end - 1.0)
         return torch.lerp(start[owner], end[owner], share.to(end.dtype)), owner
 
-    def _window(self, ids: Tensor, end: Tensor, points: Tensor, _: None) -> Series:
+    def _window(self, ids: Tensor, end: Tensor, points: Tensor) -> Series:
         """The observed series' last window, smoothed."""
         nodes, owner = self._nodes(ids, end, points)
         return self._as_series(ids, nodes, points, self.along(ids[owner], nodes).eta)

@@ -184,11 +184,6 @@ class FlowTraining:
             self._report(Epoch(self.n_updates, losses[-1], score, self.history.n_evals, seconds))
         return score
 
-    @property
-    def unchanged(self) -> bool:
-        """Whether no check was better than the first one, before any update."""
-        return self.history.validation_scores[0] >= self.best
-
     def restore_best(self) -> None:
         """The weights of the best check."""
         self._take(self._best_weights)
