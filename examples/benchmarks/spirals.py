@@ -147,7 +147,7 @@ def bayes_floor(task: Task, seed: int, params: Result) -> Callable[[], Found]:
 
 # --- the recurrent network ---
 
-GRU_GRID = ({"rate": 3e-3}, {"rate": 1e-2}, {"rate": 3e-2})
+GRU_GRID = ({"rate": 3e-3}, {"rate": 1e-2}, {"rate": 3e-2}, {"rate": 6e-2})
 GRU_UNITS, GRU_UPDATES, GRU_BATCH, GRU_HELD_OUT = 25, 4000, 100, 100
 
 
