@@ -212,15 +212,18 @@ class DensityDisplay(Panels):
             if k:
                 panel.tick_params(labelleft=False)
         axes[0].set_ylabel(self.feature_names[1])
-        label = "log-density"
-        self.colorbar_ = self.figure_.colorbar(self.surfaces_[0], ax=list(axes), label=label, extend="min")
+        options: dict[str, Any] = {"extend": "min"} if plot_method == "pcolormesh" else {}
+        bar = {"ax": list(axes), "label": "log-density", "fraction": 0.15 / len(axes)}
+        self.colorbar_ = self.figure_.colorbar(self.surfaces_[0], **bar, **options)
         return self
 
     def _surface(self, panel: Any, values: Array, low: float, high: float, method: str, kwargs: dict[str, Any]) -> Any:
+        from matplotlib.ticker import MaxNLocator
+
         if method == "pcolormesh":
             options: dict[str, Any] = {"vmin": low, "vmax": high, "shading": "auto", "rasterized": True}
         else:
-            options = {"levels": np.linspace(low, high, 17), "extend": "min"}
+            options = {"levels": MaxNLocator(16).tick_values(low, high), "extend": "min"}
         return getattr(panel, method)(self.xx0, self.xx1, values, **options | {"cmap": "viridis"} | kwargs)
 
     def _points(self, panel: Any, k: int, sample_kw: dict[str, Any], data_kw: dict[str, Any]) -> None:
@@ -233,7 +236,7 @@ class DensityDisplay(Panels):
         if self.samples is not None:
             samples = np.asarray(self.samples)
             own = samples[k] if samples.ndim == 3 else samples
-            style = {"s": 7, "c": "tab:red", "edgecolors": "white", "linewidths": 0.3, "label": "samples"}
+            style = {"s": 9, "c": "tab:red", "edgecolors": "white", "linewidths": 0.2, "label": "samples"}
             self.samples_.append(panel.scatter(*own.T, **style | sample_kw))
             handles.append(self.samples_[-1])
         if len(handles) > 1:

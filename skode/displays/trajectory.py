@@ -170,7 +170,7 @@ class TrajectoryDisplay(Panels):
         self,
         ax: Any = None,
         *,
-        cmap: str = "viridis",
+        cmap: str = "cool",
         band_kw: dict[str, Any] | None = None,
         dot_kw: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -180,8 +180,8 @@ class TrajectoryDisplay(Panels):
         Parameters
         ----------
         ax : matplotlib Axes or array of them, optional
-        cmap : str, default="viridis"
-            For a y of many numbers.
+        cmap : str, default="cool"
+            For a y of many numbers; the default can be read on white and on black.
         band_kw, dot_kw : dict, optional
             Of ``Axes.fill_between`` and, for the observations, ``Axes.plot``.
         **kwargs

@@ -14,6 +14,7 @@ from skode.estimators import ContinuousFlowDensity, LatentODERegressor
 from skode.estimators.base import BaseODENet
 from skode.estimators.velocities import flow_velocity, hidden_velocity, latent_velocity
 
+CMAP = "cool"  # which can be read on white and on black
 PLOTS = ("quiver", "streamplot")
 N_SAMPLES = 300  # of a flow, if no data are given
 USUAL = 2.0  # states lie between this and its negative, if no data are given
@@ -160,14 +161,14 @@ class VectorFieldDisplay(Panels):
             self.dots_ = panel.scatter(*np.asarray(self.states).T, s=8, c="0.5", alpha=0.6, linewidths=0)
         speed = np.hypot(self.u, self.v)
         if plot_method == "quiver":
-            options: dict[str, Any] = {"cmap": "viridis", "pivot": "mid", "angles": "xy"}
+            options: dict[str, Any] = {"cmap": CMAP, "pivot": "mid", "angles": "xy"}
             coloured = () if "color" in kwargs else (speed,)
             self.arrows_ = panel.quiver(self.xx0, self.xx1, self.u, self.v, *coloured, **options | kwargs)
             shown = self.arrows_
         else:
             options = {"density": 1.2, "linewidth": 1.0}
             if "color" not in kwargs:
-                options |= {"color": speed, "cmap": "viridis"}
+                options |= {"color": speed, "cmap": CMAP}
             self.arrows_ = panel.streamplot(self.xx0, self.xx1, self.u, self.v, **options | kwargs)
             shown = self.arrows_.lines
         if shown.get_array() is not None:

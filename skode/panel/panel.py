@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skode.panel.checks import Places, refuse_infinite
+from skode.panel.html import write_html
 from skode.panel.join import join, stack
 from skode.panel.queries import Queries, make_queries, positions_of, zeros_of
 from skode.panel.readers import kind_of_origin, origins_of, read_dense, read_frames, read_long
@@ -414,10 +415,8 @@ class Panel(SeriesRows):
         return write_dense(self._store)
 
     def __repr__(self) -> str:
-        return f"{self._heading()}\n{write_summary(self._store)}"
+        heading = f"Panel of {len(self)} series, {self.shape[1]} channels, {len(self.times)} rows"
+        return f"{heading}\n{write_summary(self._store)}"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self._heading()}</p>{write_summary(self._store).to_html()}"
-
-    def _heading(self) -> str:
-        return f"Panel of {len(self)} series, {self.shape[1]} channels, {len(self.times)} rows"
+        return write_html(self._store)

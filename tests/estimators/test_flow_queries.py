@@ -148,3 +148,58 @@ def test_columns_that_were_left_out_have_no_gradient():
         density = ContinuousFlowDensity(max_iter=0, random_state=0).fit(np.column_stack([X, np.ones(100)]))
     gradient = density.log_density_gradient(np.column_stack([X, np.ones(100)]))
     assert (gradient[:, 2] == 0).all() and (gradient[:, :2] != 0).all()
+
+
+# --- the way between the base and the data ---
+
+
+@pytest.fixture(scope="module")
+def bent():
+    """A flow that bends a normal distribution, and rows."""
+    X = make_moons(150, noise=0.1, random_state=0)[0]
+    return ContinuousFlowDensity((8,), max_iter=8, base="normal", random_state=0).fit(X), X[:20]
+
+
+def test_a_trajectory_leads_from_the_base_to_the_row(bent):
+    density, X = bent
+    path, log_density = density.trajectory(X, [0.0, 0.3, 1.0], return_log_density=True)
+    columns = density.columns_
+    np.testing.assert_allclose(path[:, 2], X, rtol=1e-12)
+    np.testing.assert_allclose(path[:, 0], density.transform(X) * columns.scale + columns.mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(log_density[:, 2], density.score_samples(X), atol=0.01)
+    normal = -0.5 * np.square(density.transform(X)).sum(axis=1) - np.log(2 * np.pi) - columns.log_scale
+    np.testing.assert_allclose(log_density[:, 0], normal, atol=1e-4)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.4, 1.0])
+def test_a_trajectory_is_the_same_from_any_of_its_places(bent, start):
+    density, X = bent
+    times = [0.0, 0.2, 0.4, 0.9, 1.0]
+    path, log_density = density.trajectory(X, times, return_log_density=True)
+    again = density.trajectory(path[:, times.index(start)], times, start=start, return_log_density=True)
+    np.testing.assert_allclose(again[0], path, atol=1e-4)
+    np.testing.assert_allclose(again[1], log_density, atol=1e-4)
+
+
+def test_a_trajectory_does_not_depend_on_the_other_rows(bent):
+    density, X = bent
+    whole = density.trajectory(X, [0.1, 0.8], return_log_density=True)
+    alone = density.trajectory(X[3:4], [0.1, 0.8], return_log_density=True)
+    for one, all_ in zip(alone, whole, strict=True):
+        np.testing.assert_allclose(one[0], all_[3], rtol=1e-12)
+
+
+def test_columns_that_were_left_out_are_rebuilt_along_the_way():
+    x = np.random.default_rng(0).normal(size=(100, 1))
+    with pytest.warns(UserWarning):
+        density = ContinuousFlowDensity(max_iter=0, random_state=0).fit(np.hstack([x, x, np.full_like(x, 5.0)]))
+    path = density.trajectory([[0.5, 0.5, 5.0]], [0.0, 1.0])
+    assert path.shape == (1, 2, 3) and (path[0, :, 2] == 5.0).all()
+    np.testing.assert_array_equal(path[0, :, 0], path[0, :, 1])
+
+
+def test_a_trajectory_needs_times_of_one_flow(bent, moons):
+    with pytest.raises(ValueError, match=r"t must lie in \[0, 1\]"):
+        bent[0].trajectory(bent[1], [0.5], start=1.5)
+    with pytest.raises(ValueError, match="no common base"):
+        moons[0].trajectory(moons[1][:2], [0.5])
