@@ -41,7 +41,7 @@ class ToleranceDisplay(Panels):
     >>> from skode import ODENetClassifier
     >>> from skode.displays import ToleranceDisplay
     >>> X, y = load_iris(return_X_y=True)
-    >>> model = ODENetClassifier(max_iter=20, random_state=0).fit(X, y)
+    >>> model = ODENetClassifier(max_iter=20, tol=0.01, random_state=0).fit(X, y)
     >>> display = ToleranceDisplay.from_estimator(model, X, y, rtol=[1e-1, 1e-3])
     >>> bool(display.cost[0] < display.cost[1])
     True

@@ -42,7 +42,7 @@ class TrainingDisplay(Panels):
     >>> from skode import ODENetClassifier
     >>> from skode.displays import TrainingDisplay
     >>> X, y = load_iris(return_X_y=True)
-    >>> model = ODENetClassifier(max_iter=20, random_state=0).fit(X, y)
+    >>> model = ODENetClassifier(max_iter=20, tol=0.01, random_state=0).fit(X, y)
     >>> display = TrainingDisplay.from_estimator(model)
     >>> [ax.get_ylabel() for ax in display.axes_[:, 0]]
     ['loss', 'validation score', 'evaluations a row']

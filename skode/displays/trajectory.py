@@ -54,7 +54,7 @@ class TrajectoryDisplay(Panels):
     >>> from skode import ODENetClassifier
     >>> from skode.displays import TrajectoryDisplay
     >>> X, y = load_iris(return_X_y=True)
-    >>> model = ODENetClassifier(max_iter=20, random_state=0).fit(X, y)
+    >>> model = ODENetClassifier(max_iter=20, tol=0.01, random_state=0).fit(X, y)
     >>> display = TrajectoryDisplay.from_estimator(model, X[::10], y=y[::10], components=[0, 1])
     >>> display.values.shape  # rows, times, components
     (15, 200, 2)
