@@ -122,7 +122,17 @@ def read_series(X: Any, columns: Columns) -> Container | None:
         if not len(X) or not X.shape[1] or not X.shape[2]:
             raise ValueError(f"X has shape {tuple(X.shape)}: no series, no times or no channels.")
         return Container(Panel.from_dense(X, origin=columns.origin), "dense", X)
+    _refuse_nested(X)
     return None
+
+
+def _refuse_nested(X: Any) -> None:
+    """Refuse a frame whose cells are series, which scikit-learn's checks would call a sequence."""
+    if isinstance(X, pd.DataFrame) and X.size and isinstance(X.iat[0, 0], pd.Series):
+        raise TypeError(
+            f"X holds a Series in its first cell, of row {X.index[0]!r} and column {X.columns[0]!r}: such nested "
+            "frames are not read. sktime.datatypes.convert_to(X, 'pd-multiindex') makes a long frame of one."
+        )
 
 
 def read_wide(X: Any, table: Array, columns: Columns) -> Container:
