@@ -1,6 +1,6 @@
 """Neural ordinary differential equations as scikit-learn estimators."""
 
-from skode import datasets, displays, exceptions, metrics, model_selection
+from skode import callbacks, datasets, displays, exceptions, metrics, model_selection
 from skode.estimators import (
     ContinuousFlowDensity,
     ContinuousFlowRegressor,
@@ -17,6 +17,7 @@ __all__ = [
     "ODENetClassifier",
     "ODENetRegressor",
     "Panel",
+    "callbacks",
     "datasets",
     "displays",
     "exceptions",

@@ -20,6 +20,7 @@ FLOORS = {
     "estimators": 5,
     "metrics": 5,
     "model_selection": 5,
+    "callbacks": 6,
     "displays": 6,
 }
 # Looks into one room beside it on the same floor.
@@ -32,7 +33,7 @@ ROOMS = FLOORS.keys() | SIDE_ROOMS.keys()
 REQUIRED_LIBRARIES = {"joblib", "numpy", "pandas", "sklearn", "torch"}
 # Libraries that only these rooms may name, inside functions too.
 ROOMS_THAT_MAY_NAME = {
-    "sklearn": {"exceptions", "runtime", "estimators", "metrics", "model_selection", "displays"},
+    "sklearn": {"exceptions", "runtime", "estimators", "metrics", "model_selection", "callbacks", "displays"},
     "pandas": {"runtime", "panel", "estimators", "metrics", "model_selection", "displays"},
 }
 # Rooms that name only these libraries.

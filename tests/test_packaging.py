@@ -85,6 +85,7 @@ def test_every_public_name_of_the_installed_wheel_exists(installed: Path, tmp_pa
     assert run_python("-c", script, cwd=tmp_path, path=installed).split() == []
 
 
-def test_import_skode_loads_neither_matplotlib_nor_rich(installed: Path, tmp_path: Path) -> None:
-    script = "import skode, sys; print(*(sys.modules.keys() & {'matplotlib', 'rich'}))"
+def test_import_skode_loads_no_matplotlib_and_works_without_rich(installed: Path, tmp_path: Path) -> None:
+    # scikit-learn's callbacks load rich where it is installed.
+    script = "import sys; sys.modules['rich'] = None; import skode; print(*(sys.modules.keys() & {'matplotlib'}))"
     assert run_python("-c", script, cwd=tmp_path, path=installed).split() == []

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, _fit_context
+from sklearn.callback import CallbackSupportMixin
 from sklearn.model_selection import KFold
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
@@ -26,6 +27,7 @@ from skode.estimators.checks import (
     require_success,
     unchanged_on_failure,
 )
+from skode.estimators.fit_tasks import FitTask
 from skode.estimators.fitted import FittedNet
 from skode.estimators.methods import AUTO_METHODS, SLACK, USUAL_SLACK, Slack
 from skode.estimators.scaling import input_scale
@@ -52,7 +54,7 @@ LARGEST_ENCODED_WIDTH = 200  # columns; beyond, "auto" leaves the piecewise-line
 N_UPDATES = 300  # epochs of small data, if not given, make at least so many updates
 
 
-class BaseODENet(DocumentationLink, BaseEstimator):
+class BaseODENet(DocumentationLink, CallbackSupportMixin, BaseEstimator):
     """Base class; see :class:`ODENetClassifier` for the arguments."""
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
@@ -174,6 +176,8 @@ class BaseODENet(DocumentationLink, BaseEstimator):
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Fit to training data.
 
+        Callbacks (``set_callbacks``, :mod:`skode.callbacks`) see each epoch, and may end training after it.
+
         Parameters
         ----------
         X : array-like, DataFrame or tensor of shape (n_samples, n_features)
@@ -203,6 +207,7 @@ class BaseODENet(DocumentationLink, BaseEstimator):
         return self
 
     def _fit(self, X: Any, y: Any, sample_weight: Any, *, fresh: bool, incremental: bool) -> None:
+        given = X, y, sample_weight
         X, y = self._validate_targets(as_array(X), as_array(y), reset=fresh)
         device = resolve_device(self.device, self.dtype)
         if fresh:
@@ -219,17 +224,21 @@ class BaseODENet(DocumentationLink, BaseEstimator):
             X, target, weights, sample_weight = (part[counted] for part in (X, target, weights, sample_weight))
         model = self._make_model(X, sample_weight, n_outputs, seeds[0], fresh, device)
         rows = self._training_rows(model, X, target, weights, int(seeds[1].generate_state(1)[0]), incremental)
+        options, whole = self._training_options(rows, incremental), fresh or not incremental
+        fit = FitTask.root(self, options.max_iter, *given, name="partial_fit" if incremental else "fit")
         history = train(
             model,
             self._task(),
             rows,
             self._training_solver(),
-            self._training_options(rows, incremental),
+            options,
             torch_generator(seeds[2]),
             moments=list(self._net.moments) if incremental and not fresh else None,
             report=Table(rows.folds is not None) if self.verbose else None,
+            watcher=fit.rounds("epoch", lambda fitted, found: fitted._keep(model, found, whole)).watcher(),
         )
-        self._keep(model, history, fresh or not incremental)
+        self._keep(model, history, whole)
+        fit.end_fit()
 
     def _make_model(
         self,

@@ -15,16 +15,19 @@ from skode.exceptions import SolverError
 from skode.runtime import as_array
 from skode.solver import Solution
 
+CALLBACKS_BEGUN = ("_callback_fit_ctx", "_skl_callbacks_to_teardown")  # until the fit is over
+
 
 @contextmanager
 def unchanged_on_failure(estimator: BaseEstimator) -> Iterator[None]:
-    """Put all attributes back if the block raises."""
+    """Put all attributes back if the block raises, save what scikit-learn needs afterwards to tear callbacks down."""
     before = dict(vars(estimator))
     try:
         yield
     except BaseException:
+        begun = {name: value for name, value in vars(estimator).items() if name in CALLBACKS_BEGUN}
         vars(estimator).clear()
-        vars(estimator).update(before)
+        vars(estimator).update(before | begun)
         raise
 
 

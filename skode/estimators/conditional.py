@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from numbers import Integral
 from typing import Any, ClassVar, Self
 
@@ -13,23 +14,17 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from sklearn.base import RegressorMixin, _fit_context
-from sklearn.utils import Tags, gen_batches
+from sklearn.utils import Tags, check_array, check_consistent_length, gen_batches
 from sklearn.utils._param_validation import StrOptions
-from sklearn.utils.validation import (
-    _check_sample_weight,
-    check_array,
-    check_consistent_length,
-    check_is_fitted,
-    validate_data,
-)
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from skode.estimators.checks import unchanged_on_failure
 from skode.estimators.columns import Columns
+from skode.estimators.fit_tasks import FitTask, Rounds
 from skode.estimators.fitted_flow import Array, FittedFlow, in_blocks, refuse_nan
-from skode.estimators.flow_base import BaseFlow, distinct
+from skode.estimators.flow_base import BaseFlow, Fitted, distinct
 from skode.estimators.location import FoldedRegressor, Location, quantiles_of_mean
 from skode.runtime import as_array, key_uniforms, row_keys, seed_sequence, torch_generator
-from skode.training.flow import FlowTraining
 
 POINTS = 64  # of a member's distribution of a single target; of several targets more
 POINTS_OF_MANY = 256
@@ -200,7 +195,7 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
 
     @_fit_context(prefer_skip_nested_validation=True)  # type: ignore[untyped-decorator]
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Fit the conditional density.
+        """Fit the conditional density; callbacks see its location, then the members' rounds, which they may end.
 
         Parameters
         ----------
@@ -224,16 +219,11 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
 
     def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:
         fresh = not (self.warm_start and hasattr(self, "_flows"))
-        X, y = validate_data(
-            self,
-            as_array(X),
-            as_array(y),
-            dtype=(np.float64, np.float32),
-            multi_output=True,
-            y_numeric=True,
-            reset=fresh,
-        )
+        given = X, y, sample_weight
+        checks = {"dtype": (np.float64, np.float32), "multi_output": True, "y_numeric": True}
+        X, y = validate_data(self, as_array(X), as_array(y), reset=fresh, **checks)
         device = self._resolve(X.dtype)
+        task = FitTask.root(self, 1 + self._n_subtasks, *given)
         self._one_dimensional = y.ndim == 1
         X, Y = np.asarray(X, np.float64), np.asarray(y, np.float64).reshape(len(y), -1)
         weight = _check_sample_weight(
@@ -254,16 +244,19 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
         self.column_kinds_ = self.columns_.kinds
         Z = self.columns_.standardise(self.columns_.dequantise(Y, seed, content=content))
         mean = FoldedRegressor.of(self.device, self.dtype_, int(seeds[1].generate_state(1)[0]))
-        self._location, R, context = Location.fit(mean, X, Z, weight, None if fresh else self._location)
+        before = None if fresh else self._location
+        self._location, R, context = task.fit_within("location", mean, lambda: Location.fit(mean, X, Z, weight, before))
         self.location_ = self._location.mean
         earlier = [None] * int(self.n_members) if fresh else self._earlier()
-        runs = [
-            self._fit_flow(R, context, weight, content, member, seed, part, device, flow)
+        fits = [
+            partial(self._fit_flow, R, context, weight, content, member, seed, part, device, flow)
             for member, (part, flow) in enumerate(zip(seeds[2:], earlier, strict=True))
         ]
-        self._flows = [flow for flow, _ in runs]
-        self._keep_runs([run for _, run in runs if run is not None])
-        self.n_parameters_ = sum(flow.n_parameters for flow in self._flows if flow is not None)
+        self._fit_members(task, fits, ContinuousFlowRegressor._keep_members)
+        task.end_fit()
+
+    def _keep_members(self, members: list[Fitted]) -> None:
+        super()._keep_members(members)
         self.n_parameters_ += self.location_.n_parameters_ if self.location_ is not None else 0
 
     def _fit_flow(
@@ -277,7 +270,8 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
         part: np.random.SeedSequence,
         device: torch.device,
         earlier: FittedFlow | None,
-    ) -> tuple[FittedFlow | None, FlowTraining | None]:
+        rounds: Rounds,
+    ) -> Fitted:
         n_dims = R.shape[1]
         plan = self._plan("mlp", n_dims, context.shape[1])
         if not n_dims:
@@ -290,7 +284,8 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
         )
         candidates = ("student_t",) if n_dims == 1 else ("mixture", "student_t")
         bases = self._bases(R[~held_out], weight[~held_out], seed, candidates)
-        best = self._best_flow(plan, bases, rows, options, torch_generator(part), earlier)
+        watcher = rounds.watcher(lambda run: (FittedFlow.of(run.flow, plan), run))
+        best = self._best_flow(plan, bases, rows, options, torch_generator(part), earlier, watcher)
         return FittedFlow.of(best.flow, plan), best
 
     def _held_out_fold(self, content: Array, weight: Array, member: int, seed: int) -> NDArray[np.bool_]:

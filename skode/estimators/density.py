@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from numbers import Real
 from typing import Any, ClassVar, Self
 
@@ -23,12 +24,9 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from skode.estimators.checks import unchanged_on_failure
 from skode.estimators.columns import Columns
-from skode.estimators.fitted_flow import (
-    SCORE_ERROR,
-    Array,
-    FittedFlow,
-)
-from skode.estimators.flow_base import BaseFlow, distinct
+from skode.estimators.fit_tasks import FitTask, Rounds
+from skode.estimators.fitted_flow import SCORE_ERROR, Array, FittedFlow
+from skode.estimators.flow_base import BaseFlow, Fitted, distinct
 from skode.estimators.flow_queries import FlowQueries
 from skode.estimators.mixtures import choose, fit_mixture
 from skode.exceptions import ConvergenceWarning
@@ -257,6 +255,9 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Fit the density of the rows of X.
 
+        Callbacks (``set_callbacks``, :mod:`skode.callbacks`) see the rounds of training from check to check, parts of
+        members where there are several, and may end each; scikit-learn's ScoringMonitor scores only where it sees a y.
+
         Parameters
         ----------
         X : array-like, DataFrame or tensor of shape (n_samples, n_features)
@@ -274,13 +275,14 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
             If training leaves the finite numbers; the object is then as it was before.
         """
         with unchanged_on_failure(self):
-            self._fit(X, sample_weight)
+            self._fit(X, y, sample_weight)
         return self
 
-    def _fit(self, X: Any, sample_weight: Any) -> None:
+    def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:
         fresh = not (self.warm_start and hasattr(self, "_flows"))
         given = validate_data(self, as_array(X), dtype=(np.float64, np.float32), ensure_min_samples=1, reset=fresh)
         device = self._resolve(given.dtype)
+        task = FitTask.root(self, self._n_subtasks, X, y, sample_weight)
         X = np.asarray(given, np.float64)
         weight = _check_sample_weight(
             as_array(sample_weight), X, dtype=np.float64, ensure_non_negative=True, allow_all_zero_weights=False
@@ -297,11 +299,24 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
         self.column_kinds_ = self.columns_.kinds
         self._n_features_out = self.columns_.n_kept
         earlier = self._earlier() if not fresh else [None] * int(self.n_members)
-        fitted = [self._fit_flow(X, weight, part, device, flow) for part, flow in zip(seeds[1:], earlier, strict=True)]
-        self._flows = [flow for flow, _ in fitted]
-        self._keep_runs([run for _, run in fitted if run is not None])
-        self.n_parameters_ = sum(flow.n_parameters for flow in self._flows if flow is not None)
-        self._judge_training_rows(X, weight)
+        fits = [
+            partial(self._fit_flow, X, weight, part, device, flow)
+            for part, flow in zip(seeds[1:], earlier, strict=True)
+        ]
+
+        def keep(fitted: ContinuousFlowDensity, members: list[Fitted]) -> None:
+            fitted._keep_members(members)
+            fitted._judge_training_rows(X, weight)
+
+        self._fit_members(task, fits, keep)
+        if self.score_error_ > SCORE_ERROR:
+            warnings.warn(
+                f"log-densities of the training rows are exact to {self.score_error_:.2g} nats only; raise "
+                "error_penalty, which keeps the flow easy to solve.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+        task.end_fit()
 
     def _judge_training_rows(self, X: Array, weight: Array) -> None:
         """``score_error_`` and ``offset_``."""
@@ -310,13 +325,6 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
         some = slice(ROWS_SOLVED_ANEW)  # rows are in the order of their contents' keys
         settled = bool((self._table_scores(X[some], check=False)[0] == scores[some]).all())
         self._known_scores = (float(scores.min()), float(scores.max())) if settled else None
-        if self.score_error_ > SCORE_ERROR:
-            warnings.warn(
-                f"log-densities of the training rows are exact to {self.score_error_:.2g} nats only; raise "
-                "error_penalty, which keeps the flow easy to solve.",
-                ConvergenceWarning,
-                stacklevel=5,
-            )
         order = np.argsort(scores)
         share = np.cumsum(weight[order]) / weight.sum()
         below = scores[order][np.searchsorted(share, self.contamination * (1 - 1e-12))]
@@ -332,7 +340,8 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
         part: np.random.SeedSequence,
         device: torch.device,
         earlier: FittedFlow | None,
-    ) -> tuple[FittedFlow | None, FlowTraining | None]:
+        rounds: Rounds,
+    ) -> Fitted:
         d = self.columns_.n_kept
         plan = self._plan(self.net, d)
         if not d:
@@ -349,12 +358,16 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
         may_start_at_mixture = earlier is None and self.base in ("auto", "mixture") and self.field is None
         choice = choose(Z, weight, seed) if may_start_at_mixture else None
         bases = list(self._bases(Z[inside], weight[inside], seed, candidates, choice))
-        best = self._best_flow(plan, bases, rows, options, generator, earlier)
-        if choice is not None and held_out.any():
-            whole = fit_mixture(Z, weight, seed, choice)
-            if not self._earns_its_rows(best, bases[0], whole, Z[held_out], weight[held_out]):
-                best.flow = ContinuousFlow(plan.make(generator).to(rows.x), whole.to(rows.x.dtype, device))
-        return FittedFlow.of(best.flow, plan), best
+        whole = fit_mixture(Z, weight, seed, choice) if choice is not None and held_out.any() else None
+
+        def found(best: FlowTraining) -> Fitted:
+            flow = best.flow
+            if whole is not None and not self._earns_its_rows(best, bases[0], whole, Z[held_out], weight[held_out]):
+                drawn = generator.clone_state()  # training may go on with its own
+                flow = ContinuousFlow(plan.make(drawn).to(rows.x), whole.to(rows.x.dtype, device))
+            return FittedFlow.of(flow, plan), best
+
+        return found(self._best_flow(plan, bases, rows, options, generator, earlier, rounds.watcher(found)))
 
     @staticmethod
     def _earns_its_rows(best: FlowTraining, start: Base, whole: Base, held_out: Array, weight: Array) -> bool:
@@ -403,9 +416,23 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
         X = self._validated(X)
         return self._table_scores(X) if return_error else self._scores(X)
 
-    def score(self, X: Any, y: Any = None) -> float:
-        """Mean log-density of the rows."""
-        return float(np.mean(self.score_samples(X)))
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """Mean log-density of the rows.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+        y : ignored
+        sample_weight : array-like of shape (n_samples,), optional
+
+        Returns
+        -------
+        float
+        """
+        scores = self.score_samples(X)
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(as_array(sample_weight), scores, dtype=np.float64)
+        return float(np.average(scores, weights=sample_weight))
 
     def decision_function(self, X: Any) -> Array:
         """Log-density above the offset: negative for outliers."""

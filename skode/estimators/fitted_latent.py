@@ -17,7 +17,7 @@ from skode.models.predictive import Calibration, Predictive
 from skode.models.trajectories import Prior, middle, posterior_eta
 from skode.runtime import to_numpy
 from skode.training.calibration import distances
-from skode.training.windows import observed
+from skode.training.windows import HeldOut, observed
 
 Array = NDArray[np.float64]
 FARTHEST_BACK = 2.0  # median spans before the first observation; what is predicted before that stays the same
@@ -49,6 +49,24 @@ class FittedLatent(NamedTuple):
 def arrays_of(model: LatentODE) -> dict[str, NDArray[Any]]:
     """What a trained module holds."""
     return {name: to_numpy(tensor) for name, tensor in model.state_dict().items()}
+
+
+def in_double(task: HeldOut) -> HeldOut:
+    """What was held out, in float64."""
+    given, target = (part.to(dtype=torch.float64) for part in (task.given, task.target))
+    inputs = task.inputs
+    if inputs is not None:
+        inputs = HeldInputs.of(inputs.series.to(dtype=torch.float64))
+    return HeldOut(given, target, inputs)
+
+
+def marginal(series: Series) -> Array:
+    """Means and variances (2, n_channels) of the observations."""
+    n = series.mask.sum(dim=0).clamp(min=1)
+    mean = series.values.sum(dim=0) / n
+    variance = (torch.where(series.mask, series.values - mean, 0.0).square().sum(dim=0)) / n
+    found: Array = np.stack([to_numpy(mean), to_numpy(variance)]).astype(np.float64)
+    return found
 
 
 class Forecaster:

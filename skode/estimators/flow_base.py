@@ -13,11 +13,13 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
+from sklearn.callback import CallbackSupportMixin
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
 
 from skode.estimators.arguments import SHARED_CONSTRAINTS, DocumentationLink
 from skode.estimators.columns import Columns
+from skode.estimators.fit_tasks import FitTask, Rounds
 from skode.estimators.fitted_flow import (
     BASES,
     LOOSEST,
@@ -36,17 +38,19 @@ from skode.models import Base, LinearPath, Mixture, MixturePath, Normal, SolverO
 from skode.models.flow import ContinuousFlow
 from skode.runtime import resolve_device, resolve_dtype, row_keys, to_tensor, torch_dtype
 from skode.solver import METHODS
+from skode.training import Watcher
 from skode.training.flow import FlowOptions, FlowRows, FlowTraining, train_flow
 from skode.training.noise import RowNoise
 
 FEWEST_ROWS = 40  # distinct ones, to hold some out by default
 SAMPLE_TOLERANCE = 1e-4  # of rtol and atol: an error of a sample shall not be seen, one of a training step may
+Fitted = tuple[FittedFlow | None, FlowTraining | None]
 CELL_POINTS = 8  # places in a cell that a discrete value's density is averaged over
 MATCHING_UPDATES = 7.5  # for each update by likelihood
 FITTED_SHARE = 3  # a flow that starts at a fitted mixture takes so many times fewer
 
 
-class BaseFlow(DocumentationLink, BaseEstimator):
+class BaseFlow(DocumentationLink, CallbackSupportMixin, BaseEstimator):
     """Arguments and training that densities and conditional densities have in common."""
 
     columns_: Columns
@@ -192,6 +196,7 @@ class BaseFlow(DocumentationLink, BaseEstimator):
         options: FlowOptions,
         generator: torch.Generator,
         earlier: FittedFlow | None = None,
+        watcher: Watcher | None = None,
     ) -> FlowTraining:
         """The candidate that training ends with, at its best weights; an earlier flow is the only one."""
         if earlier is not None and earlier.plan != plan:
@@ -216,7 +221,7 @@ class BaseFlow(DocumentationLink, BaseEstimator):
                 own = replace(options, n_matching=options.n_matching // FITTED_SHARE)
             start = start_of(flow.base)
             runs.append(FlowTraining(flow, path, rows, start, self._training_solver(), own, generator, report))
-        return train_flow(runs)
+        return train_flow(runs, watcher)
 
     def _flow_options(self, matching: bool, likelihood: bool, divergence: str) -> FlowOptions:
         error_penalty = float(self.error_penalty) if METHODS[self._training_solver().method].adaptive else 0.0
@@ -255,13 +260,40 @@ class BaseFlow(DocumentationLink, BaseEstimator):
             )
         return list(self._flows)
 
-    def _keep_runs(self, runs: list[FlowTraining]) -> None:
-        """Fitted attributes that tell of the training."""
+    @property
+    def _n_subtasks(self) -> int:
+        """Of a fit, at most: rounds of the only member, or members."""
+        return self._n_rounds if self.n_members == 1 else int(self.n_members)
+
+    @property
+    def _n_rounds(self) -> int:
+        return self._flow_options(True, self.objective != "flow_matching", "auto").n_rounds
+
+    def _fit_members(
+        self,
+        task: FitTask,
+        fits: Iterable[Callable[[Rounds], Fitted]],
+        keep: Callable[[Any, list[Fitted]], None],
+    ) -> None:
+        """One after the other; ``keep`` does to an estimator what is done after all are, for callbacks before that."""
+        done: list[Fitted] = []
+        for fit in fits:
+            member = task if self.n_members == 1 else task.subtask("member", self._n_rounds)
+            done.append(fit(member.rounds("round", lambda fitted, found: keep(fitted, [*done, found]))))
+            if member is not task and member.end(lambda fitted: keep(fitted, done)):
+                break
+        keep(self, done)
+
+    def _keep_members(self, members: list[Fitted]) -> None:
+        """Fitted attributes: the flows, and what tells of the training."""
+        self._flows = [flow for flow, _ in members]
+        runs = [run for _, run in members if run is not None]
+        self.n_parameters_ = sum(flow.n_parameters for flow in self._flows if flow is not None)
         longest = max(runs, key=lambda run: run.n_updates, default=None)
         self.n_iter_ = max(1, longest.n_updates if longest else 0)
         history = longest.history if longest else None
-        self.validation_scores_ = history.validation_scores if history else []
-        self.loss_curve_ = (history.losses or history.matching_losses) if history else []
+        self.validation_scores_ = list(history.validation_scores) if history else []
+        self.loss_curve_ = list(history.losses or history.matching_losses) if history else []
         self.loss_ = self.loss_curve_[-1] if self.loss_curve_ else None
         self.best_loss_ = min(self.loss_curve_, default=None)
         self.n_evals_ = history.n_evals if history else 0.0

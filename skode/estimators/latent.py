@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, RegressorMixin, TransformerMixin, _fit_context
+from sklearn.callback import CallbackSupportMixin
 from sklearn.utils import Tags
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_array, check_consistent_length
@@ -19,13 +20,14 @@ from sklearn.utils.validation import check_array, check_consistent_length
 from skode.estimators.arguments import SHARED_CONSTRAINTS
 from skode.estimators.checks import unchanged_on_failure
 from skode.estimators.containers import Container
-from skode.estimators.fitted_latent import Array, FittedLatent, arrays_of
+from skode.estimators.fit_tasks import FitTask
+from skode.estimators.fitted_latent import Array, FittedLatent, arrays_of, in_double, marginal
 from skode.estimators.latent_inputs import series_keys
 from skode.estimators.latent_queries import LatentQueries
 from skode.estimators.latent_schedule import latent_options
 from skode.estimators.series_scaling import LONGEST, SeriesScaling
 from skode.estimators.table import Table
-from skode.models import FAMILIES, HeldInputs, LatentConfig, LatentODE, Series
+from skode.models import FAMILIES, LatentConfig, LatentODE, Series
 from skode.models.forecast import ForecastOptions
 from skode.models.predictive import Calibration
 from skode.models.trajectories import fit_prior
@@ -47,7 +49,12 @@ FEWEST_ROWS = 8  # observed ones, to hold any out by default
 
 
 class LatentODERegressor(
-    LatentQueries, ClassNamePrefixFeaturesOutMixin, TransformerMixin, RegressorMixin, BaseEstimator
+    LatentQueries,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    RegressorMixin,
+    CallbackSupportMixin,
+    BaseEstimator,
 ):
     """Irregular series by a latent ODE: interpolation, imputation, forecasts, and targets of whole series.
 
@@ -280,6 +287,9 @@ class LatentODERegressor(
     def fit(self, X: Any, y: Any = None) -> Self:
         """Fit the series themselves, or one target or several for each series.
 
+        Callbacks (``set_callbacks``, :mod:`skode.callbacks`) see each round of updates up to a check, and may end
+        training after it.
+
         Parameters
         ----------
         X : Panel, DataFrame, list of DataFrames or array
@@ -322,15 +332,33 @@ class LatentODERegressor(
         data = self._split(series, windows, targets, torch_generator(seeds[1]), self._validates(panel))
         report = Table(validated=bool(data.held_out)) if self.verbose else None
         options = latent_options(self, panel, with_targets=targets is not None)
-        history = train_latent(model, data, options, torch_generator(seeds[2]), report)
+        again = fresh and data.in_parts
+        task = FitTask.root(self, options.n_rounds + again, X, y)
+
+        def unwarned(fitted: LatentODERegressor) -> None:
+            fitted._training_keys = np.empty(0, np.uint64)  # callbacks score series of the training on purpose
+
+        def keep(fitted: LatentODERegressor, history: LatentHistory) -> None:
+            stride, calibration = self._judged(model, data)
+            fitted._keep(deepcopy(model), config, scaling, series, stride, calibration, history)
+            unwarned(fitted)
+
+        watcher = task.rounds("round", keep).watcher()
+        history = train_latent(model, data, options, torch_generator(seeds[2]), report, watcher)
         stride, calibration = self._judged(model, data)
-        if fresh and data.in_parts:
+        if again and not history.stopped:
             # What was held out of the few series is trained on, too: once more, as far as the best weights were.
-            model = self._model(config, seeds[0], device, fresh)
+            options = replace(options, stop_after=history.best_update)
+            refit = self._model(config, seeds[0], device, fresh)
             data = self._split(series, windows, targets, torch_generator(seeds[1]), False)
-            train_latent(model, data, replace(options, stop_after=history.best_update), torch_generator(seeds[2]))
+            part = task.subtask("refit", options.n_rounds)
+            watcher = part.rounds("round", None).watcher()
+            done = train_latent(refit, data, options, torch_generator(seeds[2]), watcher=watcher).n_updates
+            model = refit if done == options.last else model
+            part.end()
         self._keep(model, config, scaling, series, stride, calibration, history)
         self._training_keys = np.unique(series_keys(panel, 0))
+        task.end(unwarned)
 
     def _read_training(self, X: Any, y: Any, fresh: bool) -> tuple[Container, NDArray[Any] | None, np.dtype[Any]]:
         """Series, standardised targets, the data's dtype."""
@@ -434,7 +462,7 @@ class LatentODERegressor(
         if not data.held_out or not config.families or config.n_targets:
             return options.stride, Calibration.plain(len(config.families))
         own = deepcopy(model).double().eval()
-        held = [_in_double(task) for task in data.held_out]
+        held = [in_double(task) for task in data.held_out]
         stride = choose_stride(own, held, options)
         return stride, calibrate(own, held, replace(options, stride=stride))
 
@@ -457,7 +485,7 @@ class LatentODERegressor(
             arrays_of(model.to(torch_dtype(self.dtype_))),
             scaling,
             (to_numpy(prior.mean), to_numpy(prior.factor)),
-            _marginal(series),
+            marginal(series),
             stride,
             calibration,
         )
@@ -470,20 +498,3 @@ class LatentODERegressor(
         self.n_parameters_ = sum(array.size for array in self._fitted.arrays.values())
         self._n_features_out = model.n_dims
         self.n_evals_ = self._mean_evaluations(series)
-
-
-def _in_double(task: Any) -> Any:
-    given, target = (part.to(dtype=torch.float64) for part in (task.given, task.target))
-    inputs = task.inputs
-    if inputs is not None:
-        inputs = HeldInputs.of(inputs.series.to(dtype=torch.float64))
-    return type(task)(given, target, inputs)
-
-
-def _marginal(series: Series) -> Array:
-    """Means and variances (2, n_channels) of the observations."""
-    n = series.mask.sum(dim=0).clamp(min=1)
-    mean = series.values.sum(dim=0) / n
-    variance = (torch.where(series.mask, series.values - mean, 0.0).square().sum(dim=0)) / n
-    found: Array = np.stack([to_numpy(mean), to_numpy(variance)]).astype(np.float64)
-    return found

@@ -2,7 +2,7 @@
 
 from skode.training.data import TrainingRows
 from skode.training.latent import LatentData, LatentHistory, LatentOptions, train_latent
-from skode.training.loop import Epoch, History, TrainingOptions, train
+from skode.training.loop import Epoch, History, TrainingOptions, Watcher, train
 from skode.training.tasks import Classification, Regression
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Regression",
     "TrainingOptions",
     "TrainingRows",
+    "Watcher",
     "train",
     "train_latent",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from skode.fields.trace import knows_trace
 from skode.models.flow import ContinuousFlow, TrainingPass
 from skode.models.odenet import SolverOptions
 from skode.models.paths import LinearPath, MixturePath
-from skode.training.loop import Epoch
+from skode.training.loop import Epoch, Watcher
 from skode.training.noise import RowNoise
 
 BETAS = (0.9, 0.99)
@@ -52,6 +53,16 @@ class FlowOptions:
     shuffle: bool = True
     tol: float = 0.0
     n_checks_no_change: int = CHECKS
+
+    @property
+    def n_rounds(self) -> int:
+        """At most: flow matching, then likelihood from check to check."""
+        return 1 + (math.ceil(self.n_likelihood / self.likelihood_updates) if self.n_likelihood else 0)
+
+    @property
+    def likelihood_updates(self) -> int:
+        """From one check to the next."""
+        return max(1, self.n_likelihood // CHECKS)
 
 
 @dataclass
@@ -155,7 +166,7 @@ class FlowTraining:
             return False
         if not self._done:
             self._start_likelihood()
-        some = min(max(1, n // CHECKS), n - self._done)
+        some = min(options.likelihood_updates, n - self._done)
         before = self.best
         try:
             self.history.losses += self._likelihood_updates(some, self._done, n)
@@ -184,10 +195,26 @@ class FlowTraining:
         self.history.validation_scores.append(score)
         self._take(own)
         if self._report is not None:
-            losses = self.history.losses or self.history.matching_losses or [math.nan]
-            seconds = time.perf_counter() - self._began
-            self._report(Epoch(self.n_updates, losses[-1], score, self.history.n_evals, seconds))
+            self._report(self.epoch)
         return score
+
+    @property
+    def epoch(self) -> Epoch:
+        """What is known since the last check."""
+        history = self.history
+        losses = history.losses or history.matching_losses or [math.nan]
+        seconds = time.perf_counter() - self._began
+        return Epoch(self.n_updates, losses[-1], history.validation_scores[-1], history.n_evals, seconds)
+
+    @contextmanager
+    def at_best(self) -> Iterator[FlowTraining]:
+        """For a while with the weights of the best check."""
+        own = [p.detach().clone() for p in self.parameters]
+        self._take(self._best_weights)
+        try:
+            yield self
+        finally:
+            self._take(own)
 
     def restore_best(self) -> None:
         """The weights of the best check."""
@@ -327,19 +354,32 @@ class FlowTraining:
         return loss
 
 
-def train_flow(runs: list[FlowTraining]) -> FlowTraining:
-    """Match all candidates, go on with those that may still win, and return the best at its best weights."""
+def train_flow(runs: list[FlowTraining], watcher: Watcher | None = None) -> FlowTraining:
+    """Match all candidates, go on with those that may still win, and return the best at its best weights.
+
+    A watcher sees a round of flow matching, then rounds of likelihood from check to check: the leader's numbers.
+    """
+    if watcher is not None:
+        watcher.begin()
     for run in runs:
         run.check()  # what it starts from counts, too
         run.match()
         run.restore_best()
-    going = runs
-    while going:
+    going = [run for run in runs if run.options.n_likelihood]
+    best = _leader(runs)
+    stopped = watcher is not None and watcher.end(best.epoch, best.at_best)
+    while going and not stopped:
+        if watcher is not None:
+            watcher.begin()
         going = [run for run in going if run.maximise()]
-        leader = max(runs, key=lambda run: run.best)
-        going = [run for run in going if run is leader or run.promised > leader.best]
-    best = max(runs, key=lambda run: run.best)
+        best = _leader(runs)
+        going = [run for run in going if run is best or run.promised > best.best]
+        stopped = watcher is not None and watcher.end(best.epoch, best.at_best)
     if best.failure is not None:
         warnings.warn(f"training by likelihood ended early: {best.failure}", stacklevel=2)
     best.restore_best()
     return best
+
+
+def _leader(runs: list[FlowTraining]) -> FlowTraining:
+    return max(runs, key=lambda run: run.best)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from skode.exceptions import DivergenceError, SolverError
 from skode.models import LatentODE, Rows, Series
-from skode.training.loop import Epoch
+from skode.training.loop import Epoch, Watcher
 from skode.training.windows import Batch, HeldOut, Panel, draw_batch, held_out_tasks, observed, split_parts
 
 N_WARM = 20  # updates over which the learning rate rises
@@ -53,15 +55,34 @@ class LatentOptions:
     gradient: str = "discrete"
     stop_after: int | None = None
 
+    @property
+    def round_updates(self) -> int:
+        """Updates from one check to the next."""
+        return max(1, self.n_updates // self.n_checks)
+
+    @property
+    def last(self) -> int:
+        """Updates at most."""
+        return self.n_updates if self.stop_after is None else min(self.stop_after, self.n_updates)
+
+    @property
+    def n_rounds(self) -> int:
+        """From check to check, at most."""
+        return math.ceil(self.last / self.round_updates)
+
 
 @dataclass
 class LatentHistory:
-    """Mean losses between the checks, held-out log-densities an observation, and the update whose weights stay."""
+    """Mean losses between the checks, held-out log-densities an observation, and the update whose weights stay.
+
+    ``stopped``: a watcher ended training.
+    """
 
     losses: list[float] = field(default_factory=list)
     validation_scores: list[float] = field(default_factory=list)
     best_update: int = 0
     n_updates: int = 0
+    stopped: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +146,7 @@ def train_latent(
     options: LatentOptions,
     generator: torch.Generator,
     report: Callable[[Epoch], None] | None = None,
+    watcher: Watcher | None = None,
 ) -> LatentHistory:
     """Train a model in place: the evidence bound of windows decoded over their whole series.
 
@@ -137,6 +159,8 @@ def train_latent(
         On the CPU; all draws are its.
     report : callable, optional
         Is given an :class:`Epoch` at each check.
+    watcher : Watcher, optional
+        Of the rounds from check to check.
 
     Returns
     -------
@@ -149,14 +173,9 @@ def train_latent(
     """
     run = _Run(model, data, options, generator, report)
     try:
-        run.updates()
+        run.rounds(watcher)
     except KeyboardInterrupt:
         warnings.warn("Training interrupted by user.", stacklevel=2)
-    except SolverError as error:
-        raise DivergenceError(
-            f"training diverged after {run.n_updates} updates at learning_rate_init="
-            f"{options.learning_rate_init:g}, {error}; lower learning_rate_init."
-        ) from error
     run.finish()
     return run.history
 
@@ -189,20 +208,30 @@ class _Run:
         self._trained = torch.nonzero(counts > 0).view(-1)
         self._first: float | None = None
 
-    def updates(self) -> None:
-        options = self.options
-        every = max(1, options.n_updates // options.n_checks)
-        total, without = 0.0, 0
-        last = options.n_updates if options.stop_after is None else min(options.stop_after, options.n_updates)
-        for k in range(last):
-            total += self._update(k)
-            if (k + 1) % every and k + 1 < last:
-                continue
-            self._note(total / ((k % every) + 1))
-            total = 0.0
-            without = 0 if self._check() else without + 1
-            if self.data.held_out and without >= options.n_checks_no_change:
+    def rounds(self, watcher: Watcher | None) -> None:
+        options, without = self.options, 0
+        for start in range(0, options.last, options.round_updates):
+            if watcher is not None:
+                watcher.begin()
+            better = self._round(range(start, min(start + options.round_updates, options.last)))
+            without = 0 if better else without + 1
+            self.history.stopped = watcher is not None and watcher.end(self._epoch, self._ended)
+            if self.history.stopped or (self.data.held_out and without >= options.n_checks_no_change):
                 return
+
+    def _round(self, updates: range) -> bool:
+        """Updates and a check; whether it found the best weights so far."""
+        try:
+            total = 0.0
+            for k in updates:
+                total += self._update(k)
+            self._note(total / len(updates))
+            return self._check()
+        except SolverError as error:
+            raise DivergenceError(
+                f"training diverged after {self.n_updates} updates at learning_rate_init="
+                f"{self.options.learning_rate_init:g}, {error}; lower learning_rate_init."
+            ) from error
 
     def _update(self, k: int) -> float:
         options = self.options
@@ -265,10 +294,21 @@ class _Run:
             self._best = self._best if score is None else score
             self._best_weights = [p.clone() for p in self._average]
             self.history.best_update = self.n_updates
+        seconds = time.perf_counter() - self._began
+        self._epoch = Epoch(self.n_updates, self.history.losses[-1], score, math.nan, seconds)
         if self._report is not None:
-            seconds = time.perf_counter() - self._began
-            self._report(Epoch(self.n_updates, self.history.losses[-1], score, 0.0, seconds))
+            self._report(self._epoch)
         return better
+
+    @contextmanager
+    def _ended(self) -> Iterator[LatentHistory]:
+        """See :class:`Watcher`."""
+        own = [p.detach().clone() for p in self.parameters]
+        self._take(self._best_weights)
+        try:
+            yield deepcopy(self.history)
+        finally:
+            self._take(own)
 
     def finish(self) -> None:
         for parameter in self.parameters:

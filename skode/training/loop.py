@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -54,6 +56,19 @@ class Epoch(NamedTuple):
     seconds: float
 
 
+class Watcher(Protocol):
+    """Sees the epochs of a training run, or its rounds from check to check, begin and end."""
+
+    def begin(self) -> None:
+        """An epoch begins."""
+
+    def end(self, epoch: Epoch, ended: Callable[[], AbstractContextManager[Any]]) -> bool:
+        """It is over; True ends training.
+
+        Within ``ended()`` the model has the weights that it would end with now; it gives what training would return.
+        """
+
+
 @dataclass
 class History:
     """The course of a training run."""
@@ -85,6 +100,7 @@ def train(
     *,
     moments: list[NDArray[Any]] | None = None,
     report: Callable[[Epoch], None] | None = None,
+    watcher: Watcher | None = None,
 ) -> History:
     """Train ``model`` in place.
 
@@ -102,6 +118,8 @@ def train(
         Adam's state from an earlier call, for incremental training.
     report : callable, optional
         Called with each epoch.
+    watcher : Watcher, optional
+        Of the epochs.
 
     Returns
     -------
@@ -118,16 +136,9 @@ def train(
     if moments is not None:
         run.optimizer.restore(moments)
     try:
-        run.epochs(report)
+        run.epochs(report, watcher)
     except KeyboardInterrupt:
         warnings.warn("Training interrupted by user.", stacklevel=2)
-    except SolverError as error:
-        if run.n_updates == 0:
-            raise
-        raise DivergenceError(
-            f"training diverged after {run.n_updates} updates at learning_rate_init="
-            f"{options.learning_rate_init:g}, {error}; lower learning_rate_init."
-        ) from error
     if run.validation is not None:
         run.validation.restore_best()
     run.history.moments = run.optimizer.moments()
@@ -155,21 +166,51 @@ class _Run:
         self.n_updates = 0
         self._n_batches = max(1, round(rows.n_rows / options.batch_size))
 
-    def epochs(self, report: Callable[[Epoch], None] | None) -> None:
+    def epochs(self, report: Callable[[Epoch], None] | None, watcher: Watcher | None) -> None:
         start = time.perf_counter()
         every = max(1, self.options.max_iter // N_CHECKS)
         for epoch in range(self.options.max_iter):
-            self._epoch(epoch)
+            if watcher is not None:
+                watcher.begin()
             score = None
             last = epoch + 1 == self.options.max_iter
-            if self.validation is not None and ((epoch + 1) % every == 0 or last):
-                score = self.validation.check(epoch)
+            with self._named_as_divergence():
+                self._epoch(epoch)
+                if self.validation is not None and ((epoch + 1) % every == 0 or last):
+                    score = self.validation.check(epoch)
+            seconds = time.perf_counter() - start
+            told = Epoch(epoch + 1, self.history.loss_curve[-1], score, self.history.n_evals, seconds)
             if report is not None:
-                seconds = time.perf_counter() - start
-                report(Epoch(epoch + 1, self.history.loss_curve[-1], score, self.history.n_evals, seconds))
-            if self._has_settled(epoch):
+                report(told)
+            if (watcher is not None and watcher.end(told, self._ended)) or self._has_settled(epoch):
                 return
         self._warn_if_falling()
+
+    @contextmanager
+    def _named_as_divergence(self) -> Iterator[None]:
+        """Dynamics that training has made unsolvable."""
+        try:
+            yield
+        except SolverError as error:
+            if self.n_updates == 0:
+                raise
+            raise DivergenceError(
+                f"training diverged after {self.n_updates} updates at learning_rate_init="
+                f"{self.options.learning_rate_init:g}, {error}; lower learning_rate_init."
+            ) from error
+
+    @contextmanager
+    def _ended(self) -> Iterator[History]:
+        """See :class:`Watcher`."""
+        own = [parameter.detach().clone() for parameter in self.model.parameters()]
+        if self.validation is not None:
+            self.validation.restore_best()
+        try:
+            yield replace(deepcopy(self.history), moments=self.optimizer.moments())
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self.model.parameters(), own, strict=True):
+                    parameter.copy_(value)
 
     def _epoch(self, epoch: int) -> None:
         total, n_evals = torch.zeros((), dtype=self.rows.X.dtype, device=self.rows.X.device), 0.0
