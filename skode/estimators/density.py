@@ -290,8 +290,7 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
         if fresh:
             self.columns_ = Columns.fit(X, weight, self.discrete, getattr(self, "feature_names_in_", None))
             for message in self.columns_.messages():
-                warnings.warn(message, UserWarning, stacklevel=4)
-        self.column_kinds_ = self.columns_.kinds
+                warnings.warn(message, UserWarning, stacklevel=5)
         self._n_features_out = self.columns_.n_kept
         earlier = self._earlier() if not fresh else [None] * int(self.n_members)
         fitted = [self._fit_flow(X, weight, part, device, flow) for part, flow in zip(seeds[1:], earlier, strict=True)]
@@ -309,7 +308,7 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
                 f"log-densities of the training rows are exact to {self.score_error_:.2g} nats only; raise "
                 "error_penalty, which keeps the flow easy to solve.",
                 ConvergenceWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
         order = np.argsort(scores)
         share = np.cumsum(weight[order]) / weight.sum()

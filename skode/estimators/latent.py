@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, RegressorMixin, TransformerMixin, _fit_context
+from sklearn.base import BaseEstimator, RegressorMixin, _fit_context
 from sklearn.utils import Tags
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_array, check_consistent_length
@@ -46,9 +46,7 @@ ENCODERS = ("kernel", "rnn", "ode_rnn", "attention")
 FEWEST_ROWS = 8  # observed ones, to hold any out by default
 
 
-class LatentODERegressor(
-    LatentQueries, ClassNamePrefixFeaturesOutMixin, TransformerMixin, RegressorMixin, BaseEstimator
-):
+class LatentODERegressor(LatentQueries, RegressorMixin, BaseEstimator):
     """Irregular series by a latent ODE: interpolation, imputation, forecasts, and targets of whole series.
 
     Each series is a path of a latent state that follows an ordinary differential equation; an encoder reads the
@@ -329,8 +327,8 @@ class LatentODERegressor(
             model = self._model(config, seeds[0], device, fresh)
             data = self._split(series, windows, targets, torch_generator(seeds[1]), False)
             train_latent(model, data, replace(options, stop_after=history.best_update), torch_generator(seeds[2]))
-        self._keep(model, config, scaling, series, stride, calibration, history)
-        self._training_keys = np.unique(series_keys(panel, 0))
+        keys = np.unique(series_keys(panel, 0))
+        self._keep(model, config, scaling, series, stride, calibration, keys, history)
 
     def _read_training(self, X: Any, y: Any, fresh: bool) -> tuple[Container, NDArray[Any] | None, np.dtype[Any]]:
         """Series, standardised targets, the data's dtype."""
@@ -338,7 +336,7 @@ class LatentODERegressor(
         if y is None:
             if not fresh and self._target_scale is not None:
                 raise ValueError("warm_start goes on with a model of targets; give y, or fit with warm_start=False.")
-            self._target_scale: NDArray[Any] | None = None
+            self._target_scale: tuple[Array, Array] | None = None
             self._one_dimensional = True
             return container, None, dtype
         Y = check_array(as_array(y), dtype=np.float64, ensure_2d=False, allow_nd=False, input_name="y")
@@ -347,7 +345,7 @@ class LatentODERegressor(
         check_consistent_length(container.panel, Y)
         if fresh or self._target_scale is None:
             scale = Y.std(axis=0)
-            self._target_scale = np.stack([Y.mean(axis=0), np.where(scale > 0, scale, 1.0)])
+            self._target_scale = Y.mean(axis=0), np.where(scale > 0, scale, 1.0)
         return container, (Y - self._target_scale[0]) / self._target_scale[1], dtype
 
     def _config(
@@ -446,6 +444,7 @@ class LatentODERegressor(
         series: Series,
         stride: float | None,
         calibration: Calibration,
+        training_keys: NDArray[np.uint64],
         history: LatentHistory,
     ) -> None:
         """Fitted attributes."""
@@ -460,6 +459,7 @@ class LatentODERegressor(
             _marginal(series),
             stride,
             calibration,
+            training_keys,
         )
         self.horizon_stride_ = None if stride is None else stride * scaling.time
         self.n_iter_ = max(1, history.n_updates)
