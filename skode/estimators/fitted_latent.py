@@ -121,7 +121,8 @@ class Forecaster:
 
     def predictive(self, eta: Tensor, spread: Tensor) -> Predictive:
         """The distributions of observations."""
-        return Predictive(self.model.likelihood, eta.detach(), spread, self._fitted.calibration.noise)
+        calibration = self._fitted.calibration
+        return Predictive(self.model.likelihood, eta.detach(), spread, calibration.noise, calibration.degrees)
 
     def trajectories(self, query: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The decoder's values along samples (n_samples, Q, n_channels) of normal ``eps (n_series, n_samples, d)``."""

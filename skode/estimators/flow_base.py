@@ -274,9 +274,15 @@ class BaseFlow(ArrayNamespaces):
     # --- densities ---
 
     def _table_scores(
-        self, X: Array, shift: Array | None = None, scale: Array | float = 1.0, context: Array | None = None
+        self,
+        X: Array,
+        shift: Array | None = None,
+        scale: Array | float = 1.0,
+        context: Array | None = None,
+        *,
+        check: bool = True,
     ) -> tuple[Array, Array]:
-        """Log-densities of the columns' table and bounds on the solver's errors, both (n,).
+        """Log-densities of the columns' table and bounds on the solver's errors, both (n,); 0 without ``check``.
 
         The flows are of the standardised rows' distances from a shift (n, d), in units of a scale (d,).
         """
@@ -284,12 +290,12 @@ class BaseFlow(ArrayNamespaces):
         scores, errors = np.empty(len(X)), np.empty(len(X))
         for rows in chunks(len(X), self.columns_.n_kept, k):
             own = [None if part is None else part[rows] for part in (shift, context)]
-            scores[rows], errors[rows] = self._chunk_scores(X[rows], own[0], scale, own[1], k)
+            scores[rows], errors[rows] = self._chunk_scores(X[rows], own[0], scale, own[1], k, check)
         return refuse_nan(scores[:, None], "log-density")[:, 0], errors
 
     @np.errstate(invalid="ignore")  # rows without a log-density are refused when all chunks are known
     def _chunk_scores(
-        self, X: Array, shift: Array | None, scale: Array | float, context: Array | None, k: int
+        self, X: Array, shift: Array | None, scale: Array | float, context: Array | None, k: int, check: bool
     ) -> tuple[Array, Array]:
         columns, device = self.columns_, self._predicting_device()
         places = columns.standardise(columns.centres(X) + (columns.cell_noise(X, k) if k > 1 else 0.0))
@@ -297,7 +303,7 @@ class BaseFlow(ArrayNamespaces):
             places = (places - shift) / scale
         places = places.reshape(k * len(X), columns.n_kept)
         contexts = None if context is None else np.tile(context, (k, 1))
-        found = [bounded_log_density(flow, places, device, contexts) for flow in self._flows]
+        found = [bounded_log_density(flow, places, device, contexts, check=check) for flow in self._flows]
         log_standardised = np.logaddexp.reduce([values for values, _ in found]) - math.log(len(found))
         errors = np.max([errors for _, errors in found], axis=0)
         log_density, _ = columns.log_density(X, log_standardised.reshape(k, -1))

@@ -35,6 +35,8 @@ class FlowQueries(BaseFlow):
     """Samples, conditions, gradients, and places in the base, of flows that were fitted to a table's columns."""
 
     n_features_in_: int
+    # The range of the training rows' log-densities, if their first solves were exact enough.
+    _known_scores: tuple[float, float] | None
 
     def sample(
         self,
@@ -83,8 +85,19 @@ class FlowQueries(BaseFlow):
         for rows in chunks(int(n_samples), self.columns_.n_kept):
             X[rows] = self.columns_.restore(self._drawn(rows.stop - rows.start, member, generator))
             if return_log_density:
-                log_density[rows] = self._table_scores(X[rows])[0]
+                log_density[rows] = self._scores(X[rows])
         return (X, log_density) if return_log_density else X
+
+    def _scores(self, X: Array) -> Array:
+        """Log-densities of rows: one solve for those like the fit's, whose errors are known, two for the others."""
+        if self._known_scores is None:
+            return self._table_scores(X)[0]
+        scores, _ = self._table_scores(X, check=False)
+        low, high = self._known_scores
+        unlike = ~((scores >= low) & (scores <= high))
+        if unlike.any():
+            scores[unlike] = self._table_scores(X[unlike])[0]
+        return scores
 
     def _drawn(self, n: int, members: np.random.Generator, generator: torch.Generator) -> Array:
         """Standardised rows."""

@@ -175,6 +175,10 @@ class FlowField(OffersVjp, nn.Module):
         """
         return FlowDynamics(self, context, integrands=Integrands(trace, energy, jacobian), probe=probe)
 
+    def is_zero(self) -> bool:
+        """Whether the velocity is 0 at all places and times, since the last layer is."""
+        return not any(bool(x.any()) for x in self.flow_layers[-1].parameters(recurse=False))
+
     def given(self, context: Tensor) -> FlowDynamics:
         """The velocity alone for rows with these conditions ``(n, n_context)``."""
         return self.dynamics(context, trace=False)

@@ -6,7 +6,7 @@ Symbols: layer l maps ``x_l`` to ``W_l x_l + w_l t + b_l``, ``w_l`` being the la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -139,6 +139,26 @@ class MLPField(OffersVjp, nn.Module):
             if i < last:
                 x = self._activation.forward(x)
         return x.reshape(y.shape[0], x.shape[-1])
+
+    def plain(self) -> Callable[[Tensor], Tensor]:
+        """The network as a function of rows alone, for one pass of many small calls: parameters are looked up once.
+
+        Raises
+        ------
+        ValueError
+            If it has members or reads the time.
+        """
+        if self.n_members is not None or self.time_dependent:
+            raise ValueError("only a network without members that does not read the time is a function of rows alone.")
+        layers: list[tuple[Tensor, Tensor]] = [(layer.bias, layer.weight.mT) for layer in self.layers]  # type: ignore[misc]
+        activation = self._activation.forward
+
+        def value(x: Tensor) -> Tensor:
+            for bias, weight in layers[:-1]:
+                x = activation(torch.addmm(bias, x, weight))
+            return torch.addmm(layers[-1][0], x, layers[-1][1])
+
+        return value
 
     def linearize(self, t: Tensor, y: Tensor) -> tuple[Tensor, _Tape]:
         """Value, and a tape for :meth:`pull`."""

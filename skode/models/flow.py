@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from skode.exceptions import SolverError
-from skode.fields import PlanarField, traced
+from skode.fields import FlowField, PlanarField, traced
 from skode.models.bases import Base
 from skode.models.odenet import SolverOptions
 from skode.solver import Solution, solve
@@ -82,6 +83,8 @@ class ContinuousFlow(nn.Module):
         context: Tensor | None = None,
     ) -> Densities:
         """Log-densities of ``x (n, d)``, from the data back to the base; in training by one step for all rows."""
+        if training is None and self._stands_still():
+            return Densities(self.base.log_density(x), None, None, x, 0.0, 1.0)
         solution = self.solution(x, [1.0, 0.0], options, training=training, context=context)
         z, integrals = solution.y1, solution.quadratures
         assert integrals is not None
@@ -101,9 +104,15 @@ class ContinuousFlow(nn.Module):
 
     def drawn(self, z: Tensor, options: SolverOptions, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The data (n, d) of points ``z`` of the base, and their log-densities (n,)."""
+        if self._stands_still():
+            return z, self.base.log_density(z)
         solution = self.solution(z, [0.0, 1.0], options, context=context)
         assert solution.quadratures is not None
         return solution.y1, self.base.log_density(z) - solution.quadratures[:, -1, 0]
+
+    def _stands_still(self) -> bool:
+        """Whether the field is 0 everywhere, as where a mixture was kept as it is: there is nothing to solve."""
+        return not torch.is_grad_enabled() and isinstance(self.field, FlowField) and self.field.is_zero()
 
     def solution(
         self,

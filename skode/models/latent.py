@@ -15,14 +15,18 @@ from torch import Tensor, nn
 
 from skode.exceptions import SolverError
 from skode.fields import LatentField
+from skode.fields.latent import Inputs
 from skode.models.encoders import EncoderConfig, make_encoder
 from skode.models.layers import Perceptron
 from skode.models.likelihoods import Likelihood
 from skode.models.odenet import SolverOptions
 from skode.models.series import CLOCK_INPUTS, HeldInputs, Series, groups, offsets_of
 from skode.solver import solve
+from skode.solver.tableaus import get_tableau
+from skode.solver.unrolled import Weights, equal_steps
 
 MOST_STEPS = 32  # of a row in training
+RK4 = Weights.of(get_tableau("rk4"))
 
 
 @dataclass(frozen=True)
@@ -224,10 +228,46 @@ class LatentODE(nn.Module):
         durations = (ends[active] * torch.where(active < n, 1.0, -1.0)).unsqueeze(1)
         k = int(min(max(2, math.ceil(float(ends.max()) * steps_per_unit - 1e-6)), MOST_STEPS))
         known = None if inputs is None else inputs.along(rows.series[row], rows.t[row], durations.to(rows.t.dtype))
-        counts = window is not None
+        start, counts = rows.z[row], window is not None
+        if gradient == "discrete":
+            y, slopes, events = self._unrolled(start, durations, k, known, counts=counts)
+        else:
+            y, slopes, events = self._solved(start, durations, k, known, gradient, counts=counts)
+        column = torch.zeros_like(ends, dtype=torch.int64)
+        column[active] = torch.arange(len(active), device=active.device)
+        side = place + n * (after < 0)
+        share = after.abs() / torch.where(ends[side] > 0, ends[side], 1.0)
+        z = _hermite(y, slopes, column[side], share)
+        z = torch.where((after == 0).unsqueeze(1), rows.z[place], z)
+        if events is None:
+            return Path(z, None)
+        return Path(z, events.new_zeros(n).index_add(0, row, events))
+
+    def _unrolled(
+        self, z: Tensor, durations: Tensor, k: int, known: Inputs | None, *, counts: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """States at the ends of k steps, their changes in a step at those rates, and numbers of events.
+
+        In plain torch: exact gradients as the solver's own, in half the time, since batches are small.
+        """
+        h = durations / k
+        start = torch.cat([z, z.new_zeros(len(z), 1)], dim=1) if counts else z
+        y, f = equal_steps(self.field.plain(known, intensity=counts), start, h, k, RK4)
+        failed = torch.nonzero(~y[:, -1].detach().isfinite().all(dim=1)).view(-1)
+        if len(failed):
+            raise SolverError(f"the batch's solve left the finite numbers in {len(failed)} of {len(z)} rows.")
+        slopes = f * h.unsqueeze(2)
+        if not counts:
+            return y, slopes, None
+        return y[..., :-1], slopes[..., :-1], y[:, -1, -1] * durations.squeeze(1).sign()
+
+    def _solved(
+        self, z: Tensor, durations: Tensor, k: int, known: Inputs | None, gradient: str, *, counts: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As :meth:`_unrolled`, by the solver: for gradients that need less memory."""
         solution = solve(
             self.field.dynamics(durations, known, intensity=counts),
-            rows.z[row],
+            z,
             [i / k for i in range(k + 1)],
             method="rk4",
             step_size=1.0 / k,
@@ -237,27 +277,19 @@ class LatentODE(nn.Module):
         )
         if not solution.success:
             raise SolverError(f"the batch's solve {next(iter(solution.failures().values())).partition(' ')[2]}")
-        column = torch.zeros_like(ends, dtype=torch.int64)
-        column[active] = torch.arange(len(active), device=active.device)
-        side = place + n * (after < 0)
-        share = after.abs() / torch.where(ends[side] > 0, ends[side], 1.0)
-        slopes = self._slopes(solution.y, durations, known)
-        z = _hermite(solution.y, slopes, column[side], share)
-        z = torch.where((after == 0).unsqueeze(1), rows.z[place], z)
+        slopes = self._slopes(solution.y, durations, known) / k
         if not counts:
-            return Path(z, None)
+            return solution.y, slopes, None
         assert solution.quadratures is not None
-        signed = solution.quadratures[:, -1, 0] * durations.squeeze(1).sign()
-        return Path(z, signed.new_zeros(n).index_add(0, row, signed))
+        return solution.y, slopes, solution.quadratures[:, -1, 0] * durations.squeeze(1).sign()
 
-    def _slopes(self, y: Tensor, durations: Tensor, known: object) -> Tensor:
+    def _slopes(self, y: Tensor, durations: Tensor, known: Inputs | None) -> Tensor:
         """dz/du at the steps' ends, (n, k + 1, d), in one evaluation."""
         n, m, d = y.shape
         u = torch.linspace(0, 1, m, dtype=y.dtype, device=y.device).repeat(n, 1)
         every = durations.repeat_interleave(m, dim=0)
         inputs = None
         if known is not None:
-            assert callable(known)
             values = torch.stack([known(u[:, i : i + 1]) for i in range(m)], dim=1).flatten(0, 1)
             inputs = lambda _: values  # noqa: E731
         dynamics = self.field.dynamics(every, inputs)
@@ -317,12 +349,12 @@ class LatentODE(nn.Module):
 
 
 def _hermite(y: Tensor, slope: Tensor, row: Tensor, u: Tensor) -> Tensor:
-    """States at shares u (Q,) of the way of rows (Q,), from ends of k equal steps (n, k + 1, d) and slopes in u."""
+    """States at shares u (Q,) of the way of rows (Q,), from ends of k equal steps (n, k + 1, d) and changes a step."""
     n, m, d = y.shape
     k = m - 1
     step = (u * k).floor().clamp(max=k - 1)
     s = (u * k - step).unsqueeze(1)
-    knots = torch.cat([y, slope / k], dim=2).view(n * m, 2 * d)
+    knots = torch.cat([y, slope], dim=2).view(n * m, 2 * d)
     at = row * m + step.long()
     y0, m0 = knots[at].split(d, dim=1)
     y1, m1 = knots[at + 1].split(d, dim=1)

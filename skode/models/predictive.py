@@ -38,11 +38,16 @@ class Spread:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Spreads inside and ahead of what was observed, and a factor on each channel's learned noise."""
+    """Spreads inside and ahead of what was observed, and a factor on each channel's learned noise.
+
+    Errors of normal channels have Student's t distribution with ``degrees`` of freedom, above 2: some series are
+    followed better than others.
+    """
 
     inside: Spread
     ahead: Spread
     noise: tuple[float, ...]
+    degrees: float = math.inf
 
     @staticmethod
     def plain(n_channels: int) -> Calibration:
@@ -59,7 +64,8 @@ class Predictive:
     """Distributions of observations whose eta is normal around what was decoded.
 
     Exact for normal noise; Student-t noise keeps its shape and takes the error's variance; binary channels and counts
-    are mixtures over the nodes of a Gauss-Hermite rule.
+    are mixtures over the nodes of a Gauss-Hermite rule. With finite ``degrees`` what is exact of normal channels is the
+    variance, and their shape is Student's t.
 
     Parameters
     ----------
@@ -67,15 +73,23 @@ class Predictive:
     eta, spread : tensors of shape (n, c)
     noise : sequence of float, optional
         Factors on the channels' noise.
+    degrees : float or tensor, default=inf
+        Of freedom, above 2.
     """
 
     def __init__(
-        self, likelihood: Likelihood, eta: Tensor, spread: Tensor, noise: tuple[float, ...] | Tensor | None = None
+        self,
+        likelihood: Likelihood,
+        eta: Tensor,
+        spread: Tensor,
+        noise: tuple[float, ...] | Tensor | None = None,
+        degrees: float | Tensor = math.inf,
     ) -> None:
         self._likelihood, self.eta, self.spread = likelihood, eta, spread
         factor = torch.ones(eta.shape[1]) if noise is None else torch.as_tensor(noise)
         self._scale = likelihood.scale.to(eta) * factor.to(eta)
         self._degrees = likelihood.degrees.to(eta)
+        self._of_errors = torch.as_tensor(degrees).to(eta)
         nodes, weights = np.polynomial.hermite_e.hermegauss(N_NODES)
         self._nodes = torch.as_tensor(nodes).to(eta)
         self._weights = torch.as_tensor(weights / weights.sum()).to(eta)
@@ -108,23 +122,27 @@ class Predictive:
             return (u[:, 0] < self._moments(i)[0]).to(u)
         if family == "poisson":
             return self._count_quantile(i, u[:, 0])
-        if family == "gaussian":
+        nu = self._freedom(i)
+        if torch.isinf(nu):
             place: Tensor = torch.special.ndtri(u[:, 0])
             return self.eta[:, i] + self._width(i) * place
         # Student's t in polar coordinates (Bailey 1994).
-        nu = self._degrees[i]
         away: Tensor = (nu * (u[:, 0] ** (-2 / nu) - 1)).sqrt() * torch.cos(2 * math.pi * u[:, 1])
         return self.eta[:, i] + self._width(i) * away
 
     def _at_nodes(self, i: int) -> Tensor:
         return self.eta[:, i, None] + self.spread[:, i, None] * self._nodes
 
+    def _freedom(self, i: int) -> Tensor:
+        """Degrees of freedom; infinite for a normal distribution."""
+        return self._degrees[i] if self._likelihood.families[i] == "student_t" else self._of_errors
+
     def _width(self, i: int) -> Tensor:
         """Of a normal or a t distribution with the error's variance in it, (n,)."""
-        share = torch.ones_like(self._scale[i])
-        if self._likelihood.families[i] == "student_t":
-            share = 1 - 2 / self._degrees[i]
-        return (self._scale[i].square() + share * self.spread[:, i].square()).sqrt()
+        share, noise = 1 - 2 / self._freedom(i), self._scale[i].square()
+        if self._likelihood.families[i] != "student_t":
+            noise = share * noise  # a scale is a normal's standard deviation
+        return (noise + share * self.spread[:, i].square()).sqrt()
 
     def _log_prob(self, i: int, y: Tensor) -> Tensor:
         family = self._likelihood.families[i]
@@ -137,9 +155,9 @@ class Predictive:
             return torch.logsumexp(each + self._weights.log(), dim=1)
         width = self._width(i)
         z = (y - self.eta[:, i]) / width
-        if family == "gaussian":
+        nu = self._freedom(i)
+        if torch.isinf(nu):
             return -0.5 * z.square() - width.log() - 0.5 * math.log(2 * math.pi)
-        nu = self._degrees[i]
         constant = torch.lgamma((nu + 1) / 2) - torch.lgamma(nu / 2) - 0.5 * (nu * math.pi).log() - width.log()
         return constant - (nu + 1) / 2 * torch.log1p(z.square() / nu)
 
@@ -153,10 +171,7 @@ class Predictive:
             if family == "bernoulli":
                 return mean, mean * (1 - mean)
             return mean, mean + (each - mean.unsqueeze(1)).square() @ self._weights
-        variance = self._width(i).square()
-        if family == "student_t":
-            variance = variance / (1 - 2 / self._degrees[i])
-        return self.eta[:, i], variance
+        return self.eta[:, i], self._width(i).square() / (1 - 2 / self._freedom(i))
 
     def _quantile(self, i: int, p: float) -> Tensor:
         family = self._likelihood.families[i]
@@ -164,10 +179,11 @@ class Predictive:
             return (self._moments(i)[0] > 1 - p).to(self.eta)
         if family == "poisson":
             return self._count_quantile(i, p)
-        if family == "gaussian":
+        nu = float(self._freedom(i).detach())
+        if math.isinf(nu):
             place = math.sqrt(2) * float(torch.special.erfinv(torch.tensor(2 * p - 1, dtype=torch.float64)))
         else:
-            place = _t_quantile(float(self._degrees[i].detach()), p)
+            place = _t_quantile(nu, p)
         return self.eta[:, i] + place * self._width(i)
 
     def _count_quantile(self, i: int, p: float | Tensor) -> Tensor:

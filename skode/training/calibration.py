@@ -18,6 +18,7 @@ STRIDES = (0.5, 0.25, None)
 GUESS = ((0.2, -4.0, 0.5), (1.0, -2.0, 0.7))
 SURE = ((0.15, 1.5, 0.3), (1.0, 1.5, 0.3))
 SURE_OF_NOISE = 0.2
+GUESSED_TAIL, SURE_OF_TAIL = 2.0, 0.7  # logarithm of the errors' degrees of freedom above 2
 N_STEPS = 200
 
 
@@ -114,19 +115,22 @@ def _fitted(
     guess = torch.tensor(GUESS, dtype=torch.float64)
     spreads = guess.clone().requires_grad_()
     noise = torch.zeros(eta.shape[1], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([spreads, noise], lr=0.05)
+    tail = torch.tensor(GUESSED_TAIL, dtype=torch.float64, requires_grad=True)
+    wanted = [spreads, noise, tail]
+    optimizer = torch.optim.Adam(wanted, lr=0.05)
     for _ in range(N_STEPS):
         values = spreads[ahead.long()]
         grown = values[:, 1].exp() * distance.clamp(min=1e-6) ** values[:, 2].clamp(min=0.0)
         spread = ((values[:, :1].exp() * disagreement).square() + grown.square().unsqueeze(1)).sqrt()
-        predictive = Predictive(likelihood, eta, spread, noise.exp())
+        predictive = Predictive(likelihood, eta, spread, noise.exp(), 2 + tail.exp())
         log_prob = (predictive.log_prob(y) * mask).sum()
         doubt = ((spreads - guess) / torch.tensor(SURE, dtype=torch.float64)).square().sum()
-        loss = -log_prob + 0.5 * doubt + 0.5 * (noise / SURE_OF_NOISE).square().sum()
-        gradients = torch.autograd.grad(loss, [spreads, noise])
-        spreads.grad, noise.grad = gradients
+        doubt = doubt + (noise / SURE_OF_NOISE).square().sum() + ((tail - GUESSED_TAIL) / SURE_OF_TAIL).square()
+        gradients = torch.autograd.grad(-log_prob + 0.5 * doubt, wanted, materialize_grads=True)
+        for part, gradient in zip(wanted, gradients, strict=True):
+            part.grad = gradient
         optimizer.step()
     inside, later = (
         Spread(float(own[0].exp()), float(own[1].exp()), max(float(own[2]), 0.0)) for own in spreads.detach()
     )
-    return Calibration(inside, later, tuple(noise.detach().exp().tolist()))
+    return Calibration(inside, later, tuple(noise.detach().exp().tolist()), 2 + float(tail.detach().exp()))

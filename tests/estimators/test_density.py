@@ -220,6 +220,26 @@ def test_tables_larger_than_what_is_worked_on_at_a_time_have_the_same_results(fi
         np.testing.assert_allclose(density.inverse_transform(bases), back, atol=1e-5)
 
 
+@pytest.mark.parametrize("option", ["normal", "student_t", "auto", "members", "planar"])
+def test_only_rows_unlike_the_training_rows_are_solved_a_second_time(fitted, moons, option, monkeypatch):
+    density, checked = fitted(option), []
+    everything = density.score_samples(moons, return_error=True)[0]
+    scores = density._table_scores
+
+    def watched(X, *arguments, check=True):
+        if check:
+            checked.append(X)
+        return scores(X, *arguments, check=check)
+
+    monkeypatch.setattr(density, "_table_scores", watched)
+    np.testing.assert_array_equal(density.score_samples(moons), everything)
+    assert not checked
+    far = moons[:3] + np.array([50.0, -50.0])
+    found = density.score_samples(np.concatenate([moons[:20], far]))
+    np.testing.assert_array_equal(checked, [far])
+    np.testing.assert_array_equal(found[20:], density.score_samples(far, return_error=True)[0])
+
+
 def test_score_is_the_mean(fitted, moons):
     density = fitted("auto")
     assert density.score(moons[:50]) == pytest.approx(density.score_samples(moons[:50]).mean(), rel=1e-14)

@@ -159,3 +159,20 @@ def test_an_anchored_model_says_at_first_that_all_stays_as_it_is() -> None:
     torch.testing.assert_close(eta, mean[place, :2], rtol=0, atol=1e-9)
     only = series.values.index_select(0, series.offsets[2:3])[0] * own.encoder.level.mix.softmax(0)[:-1].sum(0)  # type: ignore[union-attr]
     torch.testing.assert_close(mean[2, :2], only.detach(), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_steps_in_plain_torch_are_the_solvers_own(counts: bool) -> None:
+    own, start = model(point_process=counts), rows(3)
+    durations = torch.tensor([[0.4], [-1.1], [2.0]], dtype=torch.float64)
+    found = []
+    for steps in (own._unrolled, lambda *args, counts: own._solved(*args, "discrete", counts=counts)):
+        z = start.z.clone().requires_grad_()
+        parts = [part for part in steps(z, durations, 5, None, counts=counts) if part is not None]
+        gradients = torch.autograd.grad(
+            sum((i + part).square().sum() for i, part in enumerate(parts)), [z, *own.field.parameters()]
+        )
+        found.append([*parts, *gradients])
+    assert len(found[0]) == len(found[1]) == (3 if counts else 2) + 1 + len(list(own.field.parameters()))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)

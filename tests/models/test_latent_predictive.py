@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,10 +15,10 @@ from skode.models.predictive import Calibration, Predictive, Spread
 N = 5
 
 
-def predictive(family: str, spread: float, noise: float = 1.0) -> Predictive:
+def predictive(family: str, spread: float, noise: float = 1.0, degrees: float = math.inf) -> Predictive:
     likelihood = Likelihood([family]).double()
     eta = torch.linspace(-1.0, 2.0, N, dtype=torch.float64).unsqueeze(1)
-    return Predictive(likelihood, eta, torch.full_like(eta, spread), (noise,))
+    return Predictive(likelihood, eta, torch.full_like(eta, spread), (noise,), degrees)
 
 
 def test_normal_noise_and_a_normal_error_are_one_normal() -> None:
@@ -36,6 +38,20 @@ def test_quantiles_of_heavy_tails_are_scipys(p: float) -> None:
     expected = own.eta.numpy() + 0.5 * stats.t(nu).ppf(p)
     np.testing.assert_allclose(own.quantile(p).detach().numpy(), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(own.std().detach().numpy(), 0.5 * stats.t(nu).std(), rtol=1e-5)
+
+
+def test_a_normal_channel_with_heavy_errors_has_the_normals_variance_and_the_ts_shape() -> None:
+    own, nu = predictive("gaussian", 0.7, noise=1.5, degrees=5.0), 5.0
+    std = (0.75**2 + 0.7**2) ** 0.5
+    expected = stats.t(nu, loc=own.eta.numpy(), scale=std * (1 - 2 / nu) ** 0.5)
+    np.testing.assert_allclose(own.std().detach(), std, rtol=1e-6)
+    np.testing.assert_allclose(own.log_prob(own.eta + 0.4).detach(), expected.logpdf(own.eta.numpy() + 0.4), rtol=1e-6)
+    for p in (0.05, 0.5, 0.9):
+        np.testing.assert_allclose(own.quantile(p).detach(), expected.ppf(p), rtol=1e-4, atol=1e-4)
+    many = torch.rand(200_000, 1, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wide = Predictive(own._likelihood, own.eta[:1].expand(len(many), 1), torch.full((len(many), 1), 0.7), (1.5,), nu)
+    drawn = wide.drawn(many).detach().numpy()[:, 0]
+    assert stats.kstest(drawn, stats.t(nu, loc=-1.0, scale=std * (1 - 2 / nu) ** 0.5).cdf).pvalue > 0.01
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.95])

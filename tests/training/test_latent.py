@@ -74,7 +74,7 @@ def test_calibrated_bands_cover_what_they_say() -> None:
     found = outlook(model, given, series.index, series.times, None, options)
     ahead = series.times > given.last[series.index]
     spread = calibration.spread(found.disagreement, distances(given, series.index, series.times), ahead)
-    own = Predictive(model.likelihood, found.eta, spread, calibration.noise)
+    own = Predictive(model.likelihood, found.eta, spread, calibration.noise, calibration.degrees)
     covered = (series.values >= own.quantile(0.1)) & (series.values <= own.quantile(0.9))
     assert 0.72 < float(covered[~ahead].double().mean()) < 0.92
     assert 0.65 < float(covered[ahead].double().mean()) < 0.92
