@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, _fit_context
+from sklearn.base import _fit_context
 from sklearn.callback import CallbackSupportMixin
 from sklearn.model_selection import KFold
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -30,6 +30,7 @@ from skode.estimators.checks import (
 from skode.estimators.fit_tasks import FitTask
 from skode.estimators.fitted import FittedNet
 from skode.estimators.methods import AUTO_METHODS, SLACK, USUAL_SLACK, Slack
+from skode.estimators.namespaces import ArrayNamespaces
 from skode.estimators.scaling import input_scale
 from skode.estimators.table import Table
 from skode.models import ODENet, ODENetConfig, SolverOptions
@@ -54,7 +55,7 @@ LARGEST_ENCODED_WIDTH = 200  # columns; beyond, "auto" leaves the piecewise-line
 N_UPDATES = 300  # epochs of small data, if not given, make at least so many updates
 
 
-class BaseODENet(DocumentationLink, CallbackSupportMixin, BaseEstimator):
+class BaseODENet(DocumentationLink, CallbackSupportMixin, ArrayNamespaces):
     """Base class; see :class:`ODENetClassifier` for the arguments."""
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {

@@ -240,8 +240,7 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
         if fresh:
             self.columns_ = Columns.fit(Y, weight, self.discrete)
             for message in self.columns_.messages("y"):
-                warnings.warn(message, UserWarning, stacklevel=4)
-        self.column_kinds_ = self.columns_.kinds
+                warnings.warn(message, UserWarning, stacklevel=5)
         Z = self.columns_.standardise(self.columns_.dequantise(Y, seed, content=content))
         mean = FoldedRegressor.of(self.device, self.dtype_, int(seeds[1].generate_state(1)[0]))
         before = None if fresh else self._location

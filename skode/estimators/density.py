@@ -295,8 +295,7 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
         if fresh:
             self.columns_ = Columns.fit(X, weight, self.discrete, getattr(self, "feature_names_in_", None))
             for message in self.columns_.messages():
-                warnings.warn(message, UserWarning, stacklevel=4)
-        self.column_kinds_ = self.columns_.kinds
+                warnings.warn(message, UserWarning, stacklevel=5)
         self._n_features_out = self.columns_.n_kept
         earlier = self._earlier() if not fresh else [None] * int(self.n_members)
         fits = [
@@ -314,7 +313,7 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
                 f"log-densities of the training rows are exact to {self.score_error_:.2g} nats only; raise "
                 "error_penalty, which keeps the flow easy to solve.",
                 ConvergenceWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         task.end_fit()
 

@@ -28,7 +28,7 @@ class FittedLatent(NamedTuple):
     """Configuration and NumPy arrays, nothing of torch.
 
     ``stride`` is how far forecasts hop; ``marginal`` (2, n_channels) has the channels' means and variances in the
-    model's units.
+    model's units; ``training_keys`` tell the series of the fit by their content.
     """
 
     config: LatentConfig
@@ -38,6 +38,7 @@ class FittedLatent(NamedTuple):
     marginal: Array
     stride: float | None
     calibration: Calibration
+    training_keys: NDArray[np.uint64]
 
     def build(self, dtype: torch.dtype, device: torch.device) -> LatentODE:
         """The torch module."""

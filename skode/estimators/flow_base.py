@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator
 from sklearn.callback import CallbackSupportMixin
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
@@ -33,6 +32,7 @@ from skode.estimators.fitted_flow import (
     refuse_nan,
 )
 from skode.estimators.mixtures import Choice, fit_mixture
+from skode.estimators.namespaces import ArrayNamespaces
 from skode.estimators.table import Table
 from skode.models import Base, LinearPath, Mixture, MixturePath, Normal, SolverOptions, StudentT
 from skode.models.flow import ContinuousFlow
@@ -50,7 +50,7 @@ MATCHING_UPDATES = 7.5  # for each update by likelihood
 FITTED_SHARE = 3  # a flow that starts at a fitted mixture takes so many times fewer
 
 
-class BaseFlow(DocumentationLink, CallbackSupportMixin, BaseEstimator):
+class BaseFlow(DocumentationLink, CallbackSupportMixin, ArrayNamespaces):
     """Arguments and training that densities and conditional densities have in common."""
 
     columns_: Columns
@@ -128,6 +128,11 @@ class BaseFlow(DocumentationLink, CallbackSupportMixin, BaseEstimator):
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
+
+    @property
+    def column_kinds_(self) -> NDArray[np.str_]:
+        """What each column was taken for."""
+        return self.columns_.kinds
 
     # --- training ---
 

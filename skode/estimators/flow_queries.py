@@ -151,7 +151,7 @@ class FlowQueries(BaseFlow):
                 f"the candidates under these conditions are worth {found.effective_size:.0f} independent rows, fewer "
                 f"than n_samples={n}: some come more than once. The conditions may be unlikely.",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         return columns.restore(found.Z), found.log_marginal - float(np.log(columns.scale[b]).sum())
 

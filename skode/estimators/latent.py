@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, RegressorMixin, TransformerMixin, _fit_context
+from sklearn.base import BaseEstimator, RegressorMixin, _fit_context
 from sklearn.callback import CallbackSupportMixin
 from sklearn.utils import Tags
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -48,14 +48,7 @@ ENCODERS = ("kernel", "rnn", "ode_rnn", "attention")
 FEWEST_ROWS = 8  # observed ones, to hold any out by default
 
 
-class LatentODERegressor(
-    LatentQueries,
-    ClassNamePrefixFeaturesOutMixin,
-    TransformerMixin,
-    RegressorMixin,
-    CallbackSupportMixin,
-    BaseEstimator,
-):
+class LatentODERegressor(LatentQueries, RegressorMixin, CallbackSupportMixin, BaseEstimator):
     """Irregular series by a latent ODE: interpolation, imputation, forecasts, and targets of whole series.
 
     Each series is a path of a latent state that follows an ordinary differential equation; an encoder reads the
@@ -335,13 +328,14 @@ class LatentODERegressor(
         again = fresh and data.in_parts
         task = FitTask.root(self, options.n_rounds + again, X, y)
 
+        none = np.empty(0, np.uint64)  # callbacks score series of the training on purpose
+
         def unwarned(fitted: LatentODERegressor) -> None:
-            fitted._training_keys = np.empty(0, np.uint64)  # callbacks score series of the training on purpose
+            fitted._fitted = fitted._fitted._replace(training_keys=none)
 
         def keep(fitted: LatentODERegressor, history: LatentHistory) -> None:
             stride, calibration = self._judged(model, data)
-            fitted._keep(deepcopy(model), config, scaling, series, stride, calibration, history)
-            unwarned(fitted)
+            fitted._keep(deepcopy(model), config, scaling, series, stride, calibration, none, history)
 
         watcher = task.rounds("round", keep).watcher()
         history = train_latent(model, data, options, torch_generator(seeds[2]), report, watcher)
@@ -356,8 +350,8 @@ class LatentODERegressor(
             done = train_latent(refit, data, options, torch_generator(seeds[2]), watcher=watcher).n_updates
             model = refit if done == options.last else model
             part.end()
-        self._keep(model, config, scaling, series, stride, calibration, history)
-        self._training_keys = np.unique(series_keys(panel, 0))
+        keys = np.unique(series_keys(panel, 0))
+        self._keep(model, config, scaling, series, stride, calibration, keys, history)
         task.end(unwarned)
 
     def _read_training(self, X: Any, y: Any, fresh: bool) -> tuple[Container, NDArray[Any] | None, np.dtype[Any]]:
@@ -366,7 +360,7 @@ class LatentODERegressor(
         if y is None:
             if not fresh and self._target_scale is not None:
                 raise ValueError("warm_start goes on with a model of targets; give y, or fit with warm_start=False.")
-            self._target_scale: NDArray[Any] | None = None
+            self._target_scale: tuple[Array, Array] | None = None
             self._one_dimensional = True
             return container, None, dtype
         Y = check_array(as_array(y), dtype=np.float64, ensure_2d=False, allow_nd=False, input_name="y")
@@ -375,7 +369,7 @@ class LatentODERegressor(
         check_consistent_length(container.panel, Y)
         if fresh or self._target_scale is None:
             scale = Y.std(axis=0)
-            self._target_scale = np.stack([Y.mean(axis=0), np.where(scale > 0, scale, 1.0)])
+            self._target_scale = Y.mean(axis=0), np.where(scale > 0, scale, 1.0)
         return container, (Y - self._target_scale[0]) / self._target_scale[1], dtype
 
     def _config(
@@ -474,6 +468,7 @@ class LatentODERegressor(
         series: Series,
         stride: float | None,
         calibration: Calibration,
+        training_keys: NDArray[np.uint64],
         history: LatentHistory,
     ) -> None:
         """Fitted attributes."""
@@ -488,6 +483,7 @@ class LatentODERegressor(
             marginal(series),
             stride,
             calibration,
+            training_keys,
         )
         self.horizon_stride_ = None if stride is None else stride * scaling.time
         self.n_iter_ = max(1, history.n_updates)

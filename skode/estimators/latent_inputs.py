@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from skode.estimators.arguments import DocumentationLink
 from skode.estimators.containers import Columns, Container, is_frames, read_series, read_wide
 from skode.estimators.fitted_latent import FittedLatent, Forecaster
+from skode.estimators.namespaces import ArrayNamespaces
 from skode.models import FAMILIES, SolverOptions
 from skode.panel import Panel
 from skode.panel.checks import shown
@@ -24,7 +24,7 @@ from skode.runtime import as_array, resolve_device, row_keys
 DEFAULT_METHOD = "tsit5"
 
 
-class LatentInputs(DocumentationLink, BaseEstimator):
+class LatentInputs(DocumentationLink, ArrayNamespaces):
     """Reading of X, for fits and predictions."""
 
     likelihood: Any
@@ -48,7 +48,7 @@ class LatentInputs(DocumentationLink, BaseEstimator):
     _shared_clock: bool
     _zero: Any
     _all_columns: tuple[Hashable, ...]
-    _channels: NDArray[np.int64]
+    _channels: list[int]
 
     def _read(self, X: Any, *, reset: bool) -> tuple[Container, np.dtype[Any]]:
         """X as a panel whose channels are those of the fit."""
@@ -93,7 +93,7 @@ class LatentInputs(DocumentationLink, BaseEstimator):
             self._zero = zero_of(panel) if self._shared_clock else None
             self._all_columns = panel.columns
             seen = ~np.isnan(panel.values).all(axis=0)
-            self._channels = np.flatnonzero(seen)
+            self._channels = np.flatnonzero(seen).tolist()
             if panel.columns and not len(self._channels) and not self.point_process:
                 raise ValueError(f"no value of any of the {len(panel)} series of X is observed: all are NaN.")
             if not panel.columns and not self.point_process:
@@ -103,7 +103,7 @@ class LatentInputs(DocumentationLink, BaseEstimator):
                     f"channel {panel.columns[position]!r} is never observed in the {len(panel)} series of the fit; it "
                     "is left out, and predicted as NaN.",
                     UserWarning,
-                    stacklevel=5,
+                    stacklevel=6,
                 )
         return self._known_channels(panel)
 

@@ -12,7 +12,9 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.metrics import r2_score
+from sklearn.utils._set_output import _get_output_config
 from torch import Tensor
 
 from skode.estimators.containers import Container
@@ -32,13 +34,14 @@ HELD_OUT = 0.25  # of each series, by ``score``
 KEYS_OF_BOUNDS, KEYS_OF_HOLDOUT = 1, 2
 
 
-class LatentQueries(LatentInputs):
+class LatentQueries(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LatentInputs):
     """Predictions of a fitted latent ODE."""
 
+    # TransformerMixin makes set_output work for a transform that its direct subclass defines, so it stands here.
+
     holdout: str
-    _target_scale: NDArray[Any] | None
+    _target_scale: tuple[Array, Array] | None
     _one_dimensional: bool
-    _training_keys: NDArray[np.uint64]
 
     # --- predictions ---
 
@@ -363,14 +366,14 @@ class LatentQueries(LatentInputs):
             if y is None:
                 raise ValueError("this model was fitted to targets; score(X, y) needs them.")
             return float(r2_score(as_array(y), self._targets(panel)))
-        known = np.isin(series_keys(panel, 0), self._training_keys)
+        known = np.isin(series_keys(panel, 0), self._fitted.training_keys)
         if known.any():
             name = shown(panel.ids[int(np.flatnonzero(known)[0])])
             warnings.warn(
                 f"{int(known.sum())} of the {len(panel)} series that are scored were in the training (first: "
                 f"{name}); their score is too good. Split by series.",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         if not panel.columns:
             return float(self.score_samples(X).sum() / max(len(panel.times), 1))
@@ -409,7 +412,7 @@ class LatentQueries(LatentInputs):
 
     # --- features, costs ---
 
-    def transform(self, X: Any) -> Array:
+    def transform(self, X: Any) -> Any:
         """The posterior mean of each series' latent state at its first observation.
 
         Parameters
@@ -419,9 +422,10 @@ class LatentQueries(LatentInputs):
         Returns
         -------
         array of shape (n_series, n_dims)
-            ``latent_dim`` of them, and one for each channel: its level.
+            ``latent_dim`` of them, and one for each channel: its level. After ``set_output`` a frame; where rows of X
+            are not series its index has the series' names.
         """
-        _, panel = self._read_fitted(X)
+        container, panel = self._read_fitted(X)
         forecaster = self._forecaster(panel)
         seen = forecaster.seen
         every = torch.arange(seen.n_series)
@@ -429,7 +433,9 @@ class LatentQueries(LatentInputs):
             near = seen.around(every, seen.first, LONGEST)
             mean = forecaster.model.encode(near, seen.first.unsqueeze(1)).mean[:, 0]
         found: Array = to_numpy(torch.where((seen.lengths > 0).unsqueeze(1), mean, forecaster.prior.mean))
-        return found
+        if container.kind in ("dense", "wide") or _get_output_config("transform", self)["dense"] != "pandas":
+            return found
+        return pd.DataFrame(found, pd.Index(panel.ids))
 
     def solver_stats(self, X: Any) -> pd.DataFrame:
         """What the solver did on each series' path from its last observation back to the first and on to its last row.

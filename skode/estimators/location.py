@@ -51,7 +51,7 @@ class FoldedRegressor(ODENetRegressor):
                 each[:, place] = to_numpy(model.read_out(solution.y1))[:, : place.stop - place.start]
         left_out = np.arange(members)[:, None] % N_FOLDS == self._row_folds
         mean = (each * left_out[:, :, None]).sum(axis=0) / left_out.sum(axis=0)[:, None]
-        return np.asarray(mean * self._target_scale + self._target_mean, np.float64)
+        return self._in_units(mean)
 
 
 class Location(NamedTuple):

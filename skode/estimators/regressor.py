@@ -253,11 +253,18 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         columns = y.reshape(len(y), -1).astype(np.float64)
         if fresh:
             scaler = StandardScaler().fit(columns, sample_weight=sample_weight)
-            self._target_mean, self._target_scale = scaler.mean_, scaler.scale_
+            self._target_units = scaler.mean_, scaler.scale_
             self._one_dimensional, self.n_outputs_ = y.ndim == 1, columns.shape[1]
         if columns.shape[1] != self.n_outputs_:
             raise ValueError(f"y has {columns.shape[1]} targets; the fitted model has {self.n_outputs_}.")
-        return (columns - self._target_mean) / self._target_scale, self.n_outputs_
+        mean, scale = self._target_units
+        return (columns - mean) / scale, self.n_outputs_
+
+    def _in_units(self, outputs: NDArray[Any]) -> NDArray[np.float64]:
+        """The nets' outputs in the units of y."""
+        mean, scale = self._target_units
+        targets: NDArray[np.float64] = outputs.astype(np.float64, copy=False) * scale + mean
+        return targets
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Predicted targets, the members' mean.
@@ -275,6 +282,5 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         SolverError
             If the solve fails for some row.
         """
-        outputs = self._predictions(X).astype(np.float64)
-        predictions: NDArray[Any] = outputs * self._target_scale + self._target_mean
+        predictions = self._in_units(self._predictions(X))
         return predictions[:, 0] if self._one_dimensional else predictions

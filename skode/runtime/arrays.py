@@ -11,7 +11,8 @@ import torch
 def as_array(X: Any) -> Any:
     """What a user passed, as something scikit-learn's validation understands.
 
-    A torch tensor on any device (with or without gradients) becomes a NumPy array; everything else passes through.
+    A torch tensor on any device (with or without gradients) becomes a NumPy array, in float32 if it is of bfloat16,
+    which NumPy lacks; everything else passes through.
 
     Parameters
     ----------
@@ -21,7 +22,10 @@ def as_array(X: Any) -> Any:
     -------
     array-like
     """
-    return X.detach().cpu().numpy() if isinstance(X, torch.Tensor) else X
+    if not isinstance(X, torch.Tensor):
+        return X
+    X = X.detach().cpu()
+    return (X.float() if X.dtype == torch.bfloat16 else X).numpy()
 
 
 def to_tensor(array: np.ndarray[Any, Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
