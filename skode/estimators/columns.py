@@ -18,6 +18,7 @@ from skode.estimators.column_kinds import (
     column_name,
     find_kinds,
 )
+from skode.estimators.stored import stored
 from skode.runtime import key_uniforms, kronecker_steps, row_keys
 
 Array = NDArray[np.float64]
@@ -30,6 +31,7 @@ OUTLIER_CUT = 10.0  # robust deviations, beyond which a value counts as being th
 FINE_CELL = 0.01  # of a column's scale: within such a cell the mean density is that of the middle
 
 
+@stored
 @dataclass(frozen=True, eq=False)
 class Columns:
     """What a density estimator needs to know of a table's columns.

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from skode.estimators.series_scaling import LONGEST, SeriesScaling
+from skode.estimators.stored import stored
 from skode.models import HeldInputs, LatentConfig, LatentODE, Rows, Series, SolverOptions
 from skode.models.forecast import ForecastOptions, outlook
 from skode.models.predictive import Calibration, Predictive
@@ -24,6 +25,7 @@ FARTHEST_BACK = 2.0  # median spans before the first observation; what is predic
 CLONED_ROWS = 200_000  # rows of the pasts of queries that are held at a time
 
 
+@stored
 class FittedLatent(NamedTuple):
     """Configuration and NumPy arrays, nothing of torch.
 

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from skode.estimators.fitted_flow import (
     refuse_nan,
 )
 from skode.estimators.mixtures import Choice, fit_mixture
+from skode.estimators.stored import Stored
 from skode.estimators.table import Table
 from skode.models import Base, LinearPath, Mixture, MixturePath, Normal, SolverOptions, StudentT
 from skode.models.flow import ContinuousFlow
@@ -46,7 +46,7 @@ MATCHING_UPDATES = 7.5  # for each update by likelihood
 FITTED_SHARE = 3  # a flow that starts at a fitted mixture takes so many times fewer
 
 
-class BaseFlow(BaseEstimator):
+class BaseFlow(Stored):
     """Arguments and training that densities and conditional densities have in common."""
 
     columns_: Columns

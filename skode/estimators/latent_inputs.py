@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from skode.estimators.containers import Columns, Container, is_frames, read_series, read_wide
 from skode.estimators.fitted_latent import FittedLatent, Forecaster
+from skode.estimators.stored import Stored
 from skode.models import FAMILIES, SolverOptions
 from skode.panel import Panel
 from skode.panel.checks import shown
@@ -23,7 +23,7 @@ from skode.runtime import as_array, resolve_device, row_keys
 DEFAULT_METHOD = "tsit5"
 
 
-class LatentInputs(BaseEstimator):
+class LatentInputs(Stored):
     """Reading of X, for fits and predictions."""
 
     likelihood: Any
