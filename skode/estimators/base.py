@@ -26,10 +26,10 @@ from skode.estimators.checks import (
     require_success,
     unchanged_on_failure,
 )
+from skode.estimators.export import NetExport
 from skode.estimators.fitted import FittedNet
 from skode.estimators.methods import AUTO_METHODS, SLACK, USUAL_SLACK, Slack
 from skode.estimators.scaling import input_scale
-from skode.estimators.stored import Stored
 from skode.estimators.table import Table
 from skode.models import ODENet, ODENetConfig, SolverOptions
 from skode.models.blocks import block_size, blocks
@@ -53,7 +53,7 @@ LARGEST_ENCODED_WIDTH = 200  # columns; beyond, "auto" leaves the piecewise-line
 N_UPDATES = 300  # epochs of small data, if not given, make at least so many updates
 
 
-class BaseODENet(Stored):
+class BaseODENet(NetExport):
     """Base class; see :class:`ODENetClassifier` for the arguments."""
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {

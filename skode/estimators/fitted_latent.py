@@ -63,10 +63,19 @@ class Forecaster:
         All rows, queries and known inputs among them.
     device : torch.device
     solver : SolverOptions
+    model : LatentODE, optional
+        With its weights, if there is one already.
     """
 
-    def __init__(self, fitted: FittedLatent, series: Series, device: torch.device, solver: SolverOptions) -> None:
-        self.model = fitted.build(torch.float64, device).eval()
+    def __init__(
+        self,
+        fitted: FittedLatent,
+        series: Series,
+        device: torch.device,
+        solver: SolverOptions,
+        model: LatentODE | None = None,
+    ) -> None:
+        self.model = fitted.build(torch.float64, device).eval() if model is None else model
         self.series, self.seen, self.solver, self._fitted = series, observed(series), solver, fitted
         self.inputs = HeldInputs.of(series)
         self._options = ForecastOptions(solver, fitted.stride, LONGEST)

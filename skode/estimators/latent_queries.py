@@ -16,8 +16,9 @@ from sklearn.metrics import r2_score
 from torch import Tensor
 
 from skode.estimators.containers import Container
+from skode.estimators.export_series import SeriesExport
 from skode.estimators.fitted_latent import Array, Forecaster
-from skode.estimators.latent_inputs import LatentInputs, series_keys
+from skode.estimators.latent_inputs import series_keys
 from skode.estimators.series_scaling import LONGEST
 from skode.exceptions import SolverError
 from skode.models import Series
@@ -32,12 +33,10 @@ HELD_OUT = 0.25  # of each series, by ``score``
 KEYS_OF_BOUNDS, KEYS_OF_HOLDOUT = 1, 2
 
 
-class LatentQueries(LatentInputs):
+class LatentQueries(SeriesExport):
     """Predictions of a fitted latent ODE."""
 
     holdout: str
-    _target_scale: NDArray[Any] | None
-    _one_dimensional: bool
     _training_keys: NDArray[np.uint64]
 
     # --- predictions ---
