@@ -10,7 +10,7 @@ from skode.estimators import (
 )
 from skode.panel import Panel
 from skode.runtime.show_versions import show_versions
-from skode.runtime.versions import VERSION as __version__
+from skode.runtime.versions import VERSION
 
 __all__ = [
     "ContinuousFlowDensity",
@@ -25,3 +25,4 @@ __all__ = [
     "model_selection",
     "show_versions",
 ]
+__version__ = VERSION

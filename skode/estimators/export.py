@@ -34,7 +34,8 @@ def chosen_solver(solver: SolverOptions, method: str | None, step_size: float | 
         return replace(solver, method=name, step_size=step, gradient="discrete")
     if step_size is not None:
         raise ValueError(
-            f"step_size={step_size} goes with fixed-step methods, but {name!r} adapts its steps; give method='rk4', say."
+            f"step_size={step_size} goes with fixed-step methods, but {name!r} "
+            "adapts its steps; give a method such as 'rk4'."
         )
     return replace(solver, method=name, step_size=None, gradient="discrete")
 

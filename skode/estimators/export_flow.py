@@ -80,7 +80,7 @@ class ConditionalDensityModule(nn.Module):
             self.register_buffer(name, torch.tensor(getattr(location, name)))
         self.solver, self.one_dimensional = solver, one_dimensional
         for i, flow in enumerate(flows.flows):
-            self.register_buffer(f"points_{i}", flow.base.points(n_points))  # type: ignore[union-attr]
+            self.register_buffer(f"points_{i}", flow.base.points(n_points))  # type: ignore[union-attr, operator]
 
     def forward(self, X: Tensor) -> Tensor:
         """Rows (n, n_features) to means (n,) or (n, n_targets)."""

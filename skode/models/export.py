@@ -34,7 +34,9 @@ def refuse_failures(solution: Solution, n_rows: int) -> None:
         return
     rows = sorted({int(i) % n_rows for i in torch.nonzero(solution.status)})
     message = next(iter(solution.failures().values())).partition(" ")[2].partition(" ")[2]
-    raise SolverError(f"the ODE could not be solved for {len(rows)} rows (first: row {rows[0]}, which {message}).", rows)
+    raise SolverError(
+        f"the ODE could not be solved for {len(rows)} rows (first: row {rows[0]}, which {message}).", rows
+    )
 
 
 class NetModule(nn.Module):
