@@ -48,7 +48,7 @@ def test_a_linear_field_gives_matrix_exponentials_at_every_place() -> None:
 def test_the_path_of_few_steps_comes_near_the_exact_one_by_its_order() -> None:
     own, start = model(), rows(5)
     place, t = places(5)
-    exact = own.exact_path(start, place, t, None, TIGHT).z
+    exact = own.exact_path(start, place, t, None, TIGHT).z.detach()
     found = [own.path(start, place, t, None, steps_per_unit=k).z.detach() for k in (2, 4, 8)]
     errors = [float((z - exact).abs().max()) for z in found]
     assert errors[0] > 8 * errors[1] > 64 * errors[2]
