@@ -9,6 +9,8 @@ from skode.estimators import (
     ODENetRegressor,
 )
 from skode.panel import Panel
+from skode.runtime.show_versions import show_versions
+from skode.runtime.versions import VERSION
 
 __all__ = [
     "ContinuousFlowDensity",
@@ -23,5 +25,6 @@ __all__ = [
     "exceptions",
     "metrics",
     "model_selection",
+    "show_versions",
 ]
-__version__ = "0.1.0"
+__version__ = VERSION

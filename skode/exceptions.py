@@ -17,6 +17,7 @@ __all__ = [
     "FieldError",
     "SkodeError",
     "SolverError",
+    "StoredModelError",
 ]
 
 
@@ -34,6 +35,13 @@ class FieldError(SkodeError, ValueError):
 
 class DivergenceError(SkodeError, ValueError):
     """Training left the finite numbers; the estimator is as it was before the call."""
+
+
+class StoredModelError(SkodeError, ValueError):
+    """A stored estimator is of a format that this version does not read.
+
+    The message names the version that wrote it, the one that reads it, and what to do.
+    """
 
 
 class SolverError(SkodeError, RuntimeError):

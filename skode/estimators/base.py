@@ -27,6 +27,7 @@ from skode.estimators.checks import (
     require_success,
     unchanged_on_failure,
 )
+from skode.estimators.export import NetExport
 from skode.estimators.fit_tasks import FitTask
 from skode.estimators.fitted import FittedNet
 from skode.estimators.methods import AUTO_METHODS, SLACK, USUAL_SLACK, Slack
@@ -55,7 +56,7 @@ LARGEST_ENCODED_WIDTH = 200  # columns; beyond, "auto" leaves the piecewise-line
 N_UPDATES = 300  # epochs of small data, if not given, make at least so many updates
 
 
-class BaseODENet(DocumentationLink, CallbackSupportMixin, ArrayNamespaces):
+class BaseODENet(DocumentationLink, CallbackSupportMixin, NetExport, ArrayNamespaces):
     """Base class; see :class:`ODENetClassifier` for the arguments."""
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {

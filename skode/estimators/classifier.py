@@ -16,6 +16,8 @@ from sklearn.utils.multiclass import _check_partial_fit_first_call, check_classi
 
 from skode.estimators.base import BaseODENet
 from skode.estimators.checks import fold_numbers, unchanged_on_failure
+from skode.models import ODENet, SolverOptions
+from skode.models.export import ClassifierModule
 from skode.training import Classification
 
 
@@ -253,6 +255,9 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
 
     def _task(self) -> Classification:
         return Classification()
+
+    def _module(self, net: ODENet, solver: SolverOptions) -> ClassifierModule:
+        return ClassifierModule(net, solver)
 
     def _average(self, outputs: torch.Tensor) -> torch.Tensor:
         return outputs.softmax(dim=-1).mean(dim=0)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from skode.estimators.stored import stored
 from skode.runtime import row_keys
 
 Array = NDArray[np.float64]
@@ -29,6 +30,7 @@ FEW_LEVELS = 20  # values without a common spacing that make a column of levels,
 SPARE_ROWS = 5  # beyond those that any columns of this number would fit exactly
 
 
+@stored
 class Lattice(NamedTuple):
     """Values origin + k spacing within [low, high]; or any ``levels``, in cells that end half-way to their neighbours.
 
@@ -73,6 +75,7 @@ class Lattice(NamedTuple):
         return np.concatenate([[first], middles, [last]])
 
 
+@stored
 class Relation(NamedTuple):
     """Column ``target`` is ``intercept`` plus ``coefficients`` times the columns ``sources``."""
 
@@ -93,6 +96,7 @@ class Relation(NamedTuple):
         return size
 
 
+@stored
 @dataclass(frozen=True)
 class ColumnKinds:
     """The kind of each column, and what it takes to leave out and rebuild it.

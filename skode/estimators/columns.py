@@ -18,6 +18,7 @@ from skode.estimators.column_kinds import (
     column_name,
     find_kinds,
 )
+from skode.estimators.stored import stored
 from skode.runtime import key_uniforms, kronecker_steps, row_keys
 
 Array = NDArray[np.float64]
@@ -30,6 +31,7 @@ OUTLIER_CUT = 10.0  # robust deviations, beyond which a value counts as being th
 FINE_CELL = 0.01  # of a column's scale: within such a cell the mean density is that of the middle
 
 
+@stored
 @dataclass(frozen=True, eq=False)
 class Columns:
     """What a density estimator needs to know of a table's columns.
@@ -209,11 +211,20 @@ class Columns:
         centres = self.centres(X)
         offsets = np.zeros((k, *centres.shape))
         wide = self._wide_cells()
-        u = _cell_points(k, len(wide))
+        u = self.cell_points(k)
         for column, (place, lattice) in enumerate(wide.items()):
             x = centres[:, place]
             offsets[:, :, place] = lattice.spread(x[None], u[:, column : column + 1]) - x
         return offsets
+
+    def cell_points(self, k: int) -> Array:
+        """The fractions of the cells that are not small, (k, n_wide)."""
+        return _cell_points(k, len(self._wide_cells()))
+
+    def cells(self) -> tuple[list[int], list[Lattice], list[int]]:
+        """Places among the kept columns of the discrete ones, their lattices, and which cells are not small."""
+        lattices = self._kept_lattices()
+        return list(lattices), list(lattices.values()), list(self._wide_cells())
 
     def log_density(self, X: NDArray[Any], log_standardised: Array) -> tuple[Array, NDArray[np.bool_]]:
         """Log-density of the table's rows from those of standardised places in their cells.

@@ -20,21 +20,19 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from skode.estimators.checks import unchanged_on_failure
 from skode.estimators.columns import Columns
+from skode.estimators.export_flow import POINT_TOLERANCE, POINTS, POINTS_OF_MANY, ConditionalExport
 from skode.estimators.fit_tasks import FitTask, Rounds
 from skode.estimators.fitted_flow import Array, FittedFlow, in_blocks, refuse_nan
 from skode.estimators.flow_base import BaseFlow, Fitted, distinct
 from skode.estimators.location import FoldedRegressor, Location, quantiles_of_mean
 from skode.runtime import as_array, key_uniforms, row_keys, seed_sequence, torch_generator
 
-POINTS = 64  # of a member's distribution of a single target; of several targets more
-POINTS_OF_MANY = 256
 FEW_POINTS = 16  # of a single target's, whose log-densities are averaged
-POINT_TOLERANCE = 0.1  # of rtol and atol: points are to 1e-3 of the residuals' spread by default
 CHUNK = 1024  # rows whose points are held at a time
 TAILS = np.array([1e-6, 1e-5, 1e-4, 1e-3])  # probabilities at which quantiles are always known
 
 
-class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
+class ContinuousFlowRegressor(RegressorMixin, ConditionalExport):
     """Conditional densities p(y | x): predictive means, intervals, samples and log-densities.
 
     An ensemble of ODE networks (:class:`ODENetRegressor` [1]_) predicts the mean. What is left of each row by the

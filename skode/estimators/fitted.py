@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from skode.estimators.stored import stored
 from skode.models import ODENet, ODENetConfig
 
 
+@stored
 @dataclass(frozen=True)
 class FittedNet:
     """What a fit leaves behind: a configuration and NumPy arrays, nothing of torch."""

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from skode.estimators.stored import stored
 from skode.exceptions import SolverError
 from skode.fields import FlowField, PlanarField
 from skode.models import Base, Mixture, Normal, SolverOptions, StudentT
@@ -30,6 +31,7 @@ CONTEXT_START = 0.1  # of the usual weights: conditions are let in slowly, since
 LOWEST = -1e300  # nats: log-densities of rows so far away that squares overflow
 
 
+@stored
 class FieldPlan(NamedTuple):
     """How to make a flow's field."""
 
@@ -60,6 +62,7 @@ class FieldPlan(NamedTuple):
         return field
 
 
+@stored
 class FittedFlow(NamedTuple):
     """A flow as NumPy arrays."""
 

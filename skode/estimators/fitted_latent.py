@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from skode.estimators.series_scaling import LONGEST, SeriesScaling
+from skode.estimators.stored import stored
 from skode.models import HeldInputs, LatentConfig, LatentODE, Rows, Series, SolverOptions
 from skode.models.forecast import ForecastOptions, outlook
 from skode.models.predictive import Calibration, Predictive
@@ -24,6 +25,7 @@ FARTHEST_BACK = 2.0  # median spans before the first observation; what is predic
 CLONED_ROWS = 200_000  # rows of the pasts of queries that are held at a time
 
 
+@stored
 class FittedLatent(NamedTuple):
     """Configuration and NumPy arrays, nothing of torch.
 
@@ -80,10 +82,19 @@ class Forecaster:
         All rows, queries and known inputs among them.
     device : torch.device
     solver : SolverOptions
+    model : LatentODE, optional
+        With its weights, if there is one already.
     """
 
-    def __init__(self, fitted: FittedLatent, series: Series, device: torch.device, solver: SolverOptions) -> None:
-        self.model = fitted.build(torch.float64, device).eval()
+    def __init__(
+        self,
+        fitted: FittedLatent,
+        series: Series,
+        device: torch.device,
+        solver: SolverOptions,
+        model: LatentODE | None = None,
+    ) -> None:
+        self.model = fitted.build(torch.float64, device).eval() if model is None else model
         self.series, self.seen, self.solver, self._fitted = series, observed(series), solver, fitted
         self.inputs = HeldInputs.of(series)
         self._options = ForecastOptions(solver, fitted.stride, LONGEST)

@@ -33,6 +33,7 @@ from skode.estimators.fitted_flow import (
 )
 from skode.estimators.mixtures import Choice, fit_mixture
 from skode.estimators.namespaces import ArrayNamespaces
+from skode.estimators.stored import Stored
 from skode.estimators.table import Table
 from skode.models import Base, LinearPath, Mixture, MixturePath, Normal, SolverOptions, StudentT
 from skode.models.flow import ContinuousFlow
@@ -50,7 +51,7 @@ MATCHING_UPDATES = 7.5  # for each update by likelihood
 FITTED_SHARE = 3  # a flow that starts at a fitted mixture takes so many times fewer
 
 
-class BaseFlow(DocumentationLink, CallbackSupportMixin, ArrayNamespaces):
+class BaseFlow(DocumentationLink, CallbackSupportMixin, Stored, ArrayNamespaces):
     """Arguments and training that densities and conditional densities have in common."""
 
     columns_: Columns

@@ -15,6 +15,7 @@ from torch import Tensor
 from skode.estimators.checks import checked_times
 from skode.estimators.column_kinds import column_name
 from skode.estimators.conditioning import N_FITTED, conditioned
+from skode.estimators.export_flow import DensityExport
 from skode.estimators.fitted_flow import (
     Array,
     FittedFlow,
@@ -24,7 +25,6 @@ from skode.estimators.fitted_flow import (
     in_blocks,
     refuse_nan,
 )
-from skode.estimators.flow_base import BaseFlow
 from skode.exceptions import ConvergenceWarning
 from skode.models import SolverOptions
 from skode.models.flow import ContinuousFlow
@@ -33,7 +33,7 @@ from skode.runtime import as_array, seed_sequence, torch_generator
 GRADIENT_TOLERANCE = 1e-6
 
 
-class FlowQueries(BaseFlow):
+class FlowQueries(DensityExport):
     """Samples, conditions, gradients, and places in the base, of flows that were fitted to a table's columns."""
 
     n_features_in_: int

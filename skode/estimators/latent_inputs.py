@@ -16,6 +16,7 @@ from skode.estimators.arguments import DocumentationLink
 from skode.estimators.containers import Columns, Container, is_frames, read_series, read_wide
 from skode.estimators.fitted_latent import FittedLatent, Forecaster
 from skode.estimators.namespaces import ArrayNamespaces
+from skode.estimators.stored import Stored
 from skode.models import FAMILIES, SolverOptions
 from skode.panel import Panel
 from skode.panel.checks import shown
@@ -24,7 +25,7 @@ from skode.runtime import as_array, resolve_device, row_keys
 DEFAULT_METHOD = "tsit5"
 
 
-class LatentInputs(DocumentationLink, ArrayNamespaces):
+class LatentInputs(DocumentationLink, Stored, ArrayNamespaces):
     """Reading of X, for fits and predictions."""
 
     likelihood: Any

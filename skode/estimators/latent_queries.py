@@ -18,8 +18,9 @@ from sklearn.utils._set_output import _get_output_config
 from torch import Tensor
 
 from skode.estimators.containers import Container
+from skode.estimators.export_series import SeriesExport
 from skode.estimators.fitted_latent import Array, Forecaster
-from skode.estimators.latent_inputs import LatentInputs, series_keys
+from skode.estimators.latent_inputs import series_keys
 from skode.estimators.series_scaling import LONGEST
 from skode.exceptions import SolverError
 from skode.models import Series
@@ -34,14 +35,13 @@ HELD_OUT = 0.25  # of each series, by ``score``
 KEYS_OF_BOUNDS, KEYS_OF_HOLDOUT = 1, 2
 
 
-class LatentQueries(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LatentInputs):
+class LatentQueries(ClassNamePrefixFeaturesOutMixin, TransformerMixin, SeriesExport):
     """Predictions of a fitted latent ODE."""
 
     # TransformerMixin makes set_output work for a transform that its direct subclass defines, so it stands here.
 
     holdout: str
-    _target_scale: tuple[Array, Array] | None
-    _one_dimensional: bool
+
 
     # --- predictions ---
 

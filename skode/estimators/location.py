@@ -12,6 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 from skode.estimators.checks import require_success
 from skode.estimators.regressor import ODENetRegressor
+from skode.estimators.stored import stored
 from skode.runtime import to_numpy
 
 Array = NDArray[np.float64]
@@ -54,6 +55,7 @@ class FoldedRegressor(ODENetRegressor):
         return self._in_units(mean)
 
 
+@stored
 class Location(NamedTuple):
     """A mean, the scale of what it leaves, and the scale of contexts: columns of X and predicted means.
 

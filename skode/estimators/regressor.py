@@ -14,6 +14,8 @@ from sklearn.utils import Tags
 
 from skode.estimators.base import BaseODENet
 from skode.estimators.checks import unchanged_on_failure
+from skode.models import ODENet, SolverOptions
+from skode.models.export import RegressorModule
 from skode.training import Regression
 
 
@@ -243,6 +245,10 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
 
     def _task(self) -> Regression:
         return Regression()
+
+    def _module(self, net: ODENet, solver: SolverOptions) -> RegressorModule:
+        mean, scale = (torch.tensor(part) for part in self._target_units)
+        return RegressorModule(net, solver, mean, scale, one_dimensional=self._one_dimensional)
 
     def _average(self, outputs: torch.Tensor) -> torch.Tensor:
         return outputs.mean(dim=0)

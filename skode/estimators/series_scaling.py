@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from skode.estimators.stored import stored
 from skode.models import Series
 from skode.panel import Panel
 
@@ -20,6 +21,7 @@ LONGEST = 256  # rows of a stretch that is about one unit of time long
 UNSCALED = ("bernoulli", "poisson")
 
 
+@stored
 class SeriesScaling(NamedTuple):
     """Fitted to a training panel.
 

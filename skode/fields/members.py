@@ -60,4 +60,6 @@ class MemberDynamics:
 
     def _blocks(self, t: Tensor, y: Tensor) -> list[tuple[Any, ...]]:
         n = len(self._members)
+        if torch.compiler.is_compiling():  # chunks of an unknown number of rows are none
+            return list(zip(self._members, t.unflatten(0, (n, -1)), y.unflatten(0, (n, -1)), strict=True))
         return list(zip(self._members, t.chunk(n), y.chunk(n), strict=True))

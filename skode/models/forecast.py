@@ -46,7 +46,6 @@ class ForecastOptions:
     longest: int = 256
 
 
-@torch.no_grad()
 def outlook(
     model: LatentODE,
     series: Series,

@@ -115,7 +115,11 @@ class InputLayer(nn.Module):
     def clip(z: Tensor) -> Tensor:
         """Z / sqrt(1 + (z / 3)^2): the identity for usual values, bounded by 3 for any."""
         # hypot does not overflow where the square of an outlier would.
-        return z / torch.hypot(z.new_ones(()), z / CLIP)
+        if not torch.compiler.is_compiling():
+            return z / torch.hypot(z.new_ones(()), z / CLIP)
+        # ONNX has no hypot.
+        largest = (z / CLIP).abs().clamp(min=1.0)
+        return z / (largest * (largest.reciprocal().square() + (z / CLIP / largest).square()).sqrt())
 
     def encode(self, z: Tensor) -> Tensor:
         """The encoding's units, shape (..., n_units), of standardised values."""

@@ -299,18 +299,17 @@ class LatentODE(nn.Module):
     def exact_path(
         self, rows: Rows, place: Tensor, t: Tensor, inputs: HeldInputs | None, options: SolverOptions
     ) -> Path:
-        """As :meth:`path`, error-controlled with every row's own steps and without gradients.
+        """As :meth:`path`, error-controlled with every row's own steps.
 
         Rows go in groups of nearly as many places, so that padding wastes little.
         """
-        with torch.no_grad():
-            z = rows.z.new_zeros(len(t), rows.z.shape[1])
-            after = t.double() - rows.t.double()[place]
-            for side in (after > 0, after < 0):
-                own = torch.nonzero(side).view(-1)
-                if len(own):
-                    z[own] = self._exact(rows, place[own], after[own], inputs, options)
-            return Path(torch.where((after == 0).unsqueeze(1), rows.z[place], z), None)
+        z = rows.z.new_zeros(len(t), rows.z.shape[1])
+        after = t.double() - rows.t.double()[place]
+        for side in (after > 0, after < 0):
+            own = torch.nonzero(side).view(-1)
+            if len(own):
+                z[own] = self._exact(rows, place[own], after[own], inputs, options)
+        return Path(torch.where((after == 0).unsqueeze(1), rows.z[place], z), None)
 
     def _exact(
         self, rows: Rows, place: Tensor, after: Tensor, inputs: HeldInputs | None, options: SolverOptions

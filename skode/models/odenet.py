@@ -249,7 +249,8 @@ class Lift(nn.Module):
         parts = [] if self.plain is None else [self.plain(inputs.clip(own))]
         if self.encoded is not None:
             parts.append(self.encoded(inputs.encode(read)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        # Members' rows are joined flat: exporters do not see that a stack of them is contiguous for any number of rows.
+        return torch.cat([part.flatten(0, 1) for part in parts])
 
     def member_parameters(self, member: int) -> list[Tensor]:
         layer, index = (self.plain, member) if member < self.n_plain else (self.encoded, member - self.n_plain)

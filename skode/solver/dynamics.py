@@ -168,7 +168,7 @@ class AutogradDynamics:
     def _checked(self, f: Any, y: Tensor) -> Tensor:
         if not isinstance(f, Tensor):
             raise FieldError(f"the field {self._name} returned {type(f).__name__}; it must return a tensor.")
-        expected = (len(y), self._n_outputs or y.shape[1])
+        expected = (y.shape[0], self._n_outputs or y.shape[1])  # len() would be fixed in an exported program
         if f.shape != expected:
             raise FieldError(
                 f"the field {self._name} returned shape {tuple(f.shape)} for a state of shape {tuple(y.shape)}; "

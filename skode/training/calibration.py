@@ -55,6 +55,7 @@ def _by_series(model: LatentODE, tasks: list[HeldOut], options: ForecastOptions)
     return torch.cat(scores) if scores else torch.zeros(0)
 
 
+@torch.no_grad()
 def _held_out_outlook(
     model: LatentODE, task: HeldOut, options: ForecastOptions, *, only_ahead: bool = False
 ) -> tuple[Tensor, Outlook, Series]:

@@ -48,7 +48,7 @@ def test_a_linear_field_gives_matrix_exponentials_at_every_place() -> None:
 def test_the_path_of_few_steps_comes_near_the_exact_one_by_its_order() -> None:
     own, start = model(), rows(5)
     place, t = places(5)
-    exact = own.exact_path(start, place, t, None, TIGHT).z
+    exact = own.exact_path(start, place, t, None, TIGHT).z.detach()
     found = [own.path(start, place, t, None, steps_per_unit=k).z.detach() for k in (2, 4, 8)]
     errors = [float((z - exact).abs().max()) for z in found]
     assert errors[0] > 8 * errors[1] > 64 * errors[2]
@@ -106,7 +106,7 @@ def test_known_inputs_drive_the_path() -> None:
     offsets = torch.tensor([0, 2, 4])
     inputs = HeldInputs(Series.of(offsets, times.repeat(2), torch.zeros(4, 2, dtype=torch.float64), None, covariates))
     place, t = torch.tensor([0, 0, 1, 1]), torch.tensor([0.5, 2.0, 0.5, 2.0], dtype=torch.float64)
-    found = own.exact_path(start, place, t, inputs, TIGHT).z
+    found = own.exact_path(start, place, t, inputs, TIGHT).z.detach()
     torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-9)
     assert float((found[1] - found[3]).abs().max()) > 0.1
 
@@ -118,7 +118,7 @@ def test_expected_events_are_the_integral_of_the_rate() -> None:
     found = own.path(start, nothing, start.t[:0], None, steps_per_unit=16, window=window).expected
     grid = torch.linspace(0, 1, 401, dtype=torch.float64)
     t = (window[:, :1] + grid * (window[:, 1:] - window[:, :1])).reshape(-1)
-    z = own.exact_path(start, torch.arange(3).repeat_interleave(401), t, None, TIGHT).z
+    z = own.exact_path(start, torch.arange(3).repeat_interleave(401), t, None, TIGHT).z.detach()
     expected = torch.trapezoid(own.field.rate(z).view(3, 401), dx=1.8 / 400)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
     assert found is not None
