@@ -1,6 +1,6 @@
 """Neural ordinary differential equations as scikit-learn estimators."""
 
-from skode import datasets, exceptions, metrics, model_selection
+from skode import datasets, exceptions, metrics, model_selection, parallel
 from skode.estimators import (
     ContinuousFlowDensity,
     ContinuousFlowRegressor,
@@ -21,5 +21,6 @@ __all__ = [
     "exceptions",
     "metrics",
     "model_selection",
+    "parallel",
 ]
 __version__ = "0.1.0"

@@ -15,6 +15,7 @@ __all__ = [
     "DeviceError",
     "DivergenceError",
     "FieldError",
+    "PeerError",
     "SkodeError",
     "SolverError",
 ]
@@ -34,6 +35,10 @@ class FieldError(SkodeError, ValueError):
 
 class DivergenceError(SkodeError, ValueError):
     """Training left the finite numbers; the estimator is as it was before the call."""
+
+
+class PeerError(SkodeError, RuntimeError):
+    """Another process of a data-parallel fit failed, ended, or is doing something else."""
 
 
 class SolverError(SkodeError, RuntimeError):

@@ -21,6 +21,7 @@ FLOORS = {
     "metrics": 5,
     "model_selection": 5,
     "displays": 6,
+    "parallel": 6,
 }
 # Looks into one room beside it on the same floor.
 SIDEWAYS = {("runtime", "exceptions"), ("metrics", "estimators")}

@@ -11,18 +11,21 @@ import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 
+from skode.estimators.agreement import check_support
 from skode.exceptions import SolverError
-from skode.runtime import as_array
+from skode.runtime import as_array, current_peers
 from skode.solver import Solution
 
 
 @contextmanager
 def unchanged_on_failure(estimator: BaseEstimator) -> Iterator[None]:
-    """Put all attributes back if the block raises."""
+    """Put all attributes back if the block raises, and tell it to processes that wait."""
     before = dict(vars(estimator))
     try:
+        check_support(estimator)
         yield
-    except BaseException:
+    except BaseException as error:
+        current_peers().fail(error)
         vars(estimator).clear()
         vars(estimator).update(before)
         raise
