@@ -1,7 +1,4 @@
-"""What each process of test_data_parallel.py does: `python -m tests.estimators.ranks RANK SIZE FOLDER`.
-
-With SIZE 1 it fits in one process what the others fit together.
-"""
+"""What each of the two processes of test_data_parallel.py does: `python -m tests.estimators.ranks RANK FOLDER`."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from skode.parallel import data_parallel
 
 # The first process holds so many rows, the second one the others.
 CUT, N_ROWS, N_FEATURES = 100, 240, 4
-SHORT = {"max_iter": 6, "batch_size": 64, "random_state": 0}
+SHORT = {"max_iter": 3, "batch_size": 64, "random_state": 0}
 
 
 def whole():
@@ -46,7 +43,7 @@ class Fails(torch.nn.Module):
 
     def forward(self, t, y):
         self.n_calls += 1
-        if self.n_calls > 40 and dist.is_initialized() and dist.get_rank() == 1:
+        if self.n_calls > 20 and dist.is_initialized() and dist.get_rank() == 1:
             raise OSError("the disk is full")
         return torch.tanh(self.layer(y))
 
@@ -78,39 +75,40 @@ BAD_FITS = {
 }
 
 
-class Counts:
-    """Rows of the largest X that a network was shown, and evaluations of single rows, all members together."""
+@contextlib.contextmanager
+def counted():
+    """A dictionary of rows of the largest batch, and evaluations of single rows, all members together."""
+    found, original = {"n_evals": 0.0, "largest": 0}, ODENet.forward
 
-    def __init__(self):
-        self.n_evals, self.largest, original = 0.0, 0, ODENet.forward
+    def forward(net, X, *args, **kwargs):
+        output = original(net, X, *args, **kwargs)
+        found["n_evals"] += output.n_evals * X.shape[-2]
+        found["largest"] = max(found["largest"], X.shape[-2])
+        return output
 
-        def forward(net, X, *args, **kwargs):
-            output = original(net, X, *args, **kwargs)
-            self.n_evals += output.n_evals * X.shape[-2]
-            self.largest = max(self.largest, X.shape[-2])
-            return output
-
-        ODENet.forward = forward
+    ODENet.forward = forward
+    try:
+        yield found
+    finally:
+        ODENet.forward = original
 
 
-def fits(block, rank, size, folder):
+def fits(block, rows, folder, who):
     """All good fits: what they found goes to a file for each."""
-    X, labels, Y, weights = whole() if size == 1 else parts(*((0, CUT), (CUT, N_ROWS))[rank])
-    seen, facts = Counts(), {}
+    X, labels, Y, weights = rows
+    facts = {}
     for name, fit in FITS.items():
-        seen.n_evals = seen.largest = 0
-        with block():
+        with block(), counted() as found:
             net = fit(X, labels, Y, weights)
-        facts[name] = {"n_rows": len(X), "n_evals": seen.n_evals, "largest": seen.largest}
+        facts[name] = {"n_rows": len(X), **found}
         outputs = net.predict_proba(whole()[0]) if hasattr(net, "classes_") else net.predict(whole()[0])
         scores = net.validation_scores_ or []
-        np.savez(folder / f"{name} {rank} of {size}.npz", outputs=outputs, curve=net.loss_curve_, scores=scores)
+        np.savez(folder / f"{name} {who}.npz", outputs=outputs, curve=net.loss_curve_, scores=scores)
     return facts
 
 
-def failures(rank):
+def failures(rank, X, labels):
     """What each bad fit said, and a good one after all of them."""
-    X, labels, _, _ = parts(*((0, CUT), (CUT, N_ROWS))[rank])
     told = {}
     for name, fit in BAD_FITS.items():
         try:
@@ -124,18 +122,16 @@ def failures(rank):
     return told
 
 
-def main(rank, size, folder):
-    """Take part as process ``rank`` of ``size``."""
+def main(rank, folder):
+    """Take part as process ``rank`` of two."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    if size == 1:
-        facts = {"fits": fits(contextlib.nullcontext, rank, size, folder)}
-    else:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-        facts = {"fits": fits(data_parallel, rank, size, folder), "failures": failures(rank)}
-        dist.destroy_process_group()
-    (folder / f"{rank} of {size}.json").write_text(json.dumps(facts), encoding="utf-8")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    rows = parts(*((0, CUT), (CUT, N_ROWS))[rank])
+    facts = {"fits": fits(data_parallel, rows, folder, rank), "failures": failures(rank, *rows[:2])}
+    dist.destroy_process_group()
+    (folder / f"{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))
