@@ -9,11 +9,7 @@ from sklearn.base import BaseEstimator
 
 from skode.runtime import Peers, current_peers
 
-OWN = (
-    "device",
-    "random_state",
-    "verbose",
-)  # arguments that processes may have of their own; the first one's seed counts
+OWN = ("device", "random_state", "verbose")  # may differ between processes; the first one's seed counts
 PLAIN = (str, int, float, bool, type(None), list, tuple, dict)
 
 
