@@ -1,6 +1,6 @@
 """Neural ordinary differential equations as scikit-learn estimators."""
 
-from skode import callbacks, datasets, displays, exceptions, metrics, model_selection
+from skode import callbacks, datasets, displays, exceptions, metrics, model_selection, parallel
 from skode.estimators import (
     ContinuousFlowDensity,
     ContinuousFlowRegressor,
@@ -25,6 +25,7 @@ __all__ = [
     "exceptions",
     "metrics",
     "model_selection",
+    "parallel",
     "show_versions",
 ]
 __version__ = VERSION

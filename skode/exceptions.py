@@ -15,6 +15,7 @@ __all__ = [
     "DeviceError",
     "DivergenceError",
     "FieldError",
+    "PeerError",
     "SkodeError",
     "SolverError",
     "StoredModelError",
@@ -42,6 +43,10 @@ class StoredModelError(SkodeError, ValueError):
 
     The message names the version that wrote it, the one that reads it, and what to do.
     """
+
+
+class PeerError(SkodeError, RuntimeError):
+    """Another process of a data-parallel fit failed, ended, or is doing something else."""
 
 
 class SolverError(SkodeError, RuntimeError):

@@ -22,6 +22,7 @@ FLOORS = {
     "model_selection": 5,
     "callbacks": 6,
     "displays": 6,
+    "parallel": 6,
 }
 # Looks into one room beside it on the same floor.
 SIDEWAYS = {("runtime", "exceptions"), ("metrics", "estimators")}

@@ -19,6 +19,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
+from skode.estimators.agreement import check_agreement
 from skode.estimators.arguments import SHARED_CONSTRAINTS, DocumentationLink
 from skode.estimators.checks import (
     checked_image,
@@ -38,6 +39,7 @@ from skode.models import ODENet, ODENetConfig, SolverOptions
 from skode.models.blocks import block_size, blocks
 from skode.runtime import (
     as_array,
+    current_peers,
     resolve_device,
     resolve_dtype,
     seed_sequence,
@@ -48,7 +50,7 @@ from skode.runtime import (
 )
 from skode.runtime.device import check_dtype_on_device
 from skode.solver import METHODS, Solution
-from skode.training import History, TrainingOptions, TrainingRows, train
+from skode.training import History, ShardedRows, TrainingOptions, TrainingRows, train
 from skode.training.tasks import Task
 
 EARLY_STOPPING_ROWS = 100  # "auto": held-out rows decide from here on
@@ -73,6 +75,7 @@ class BaseODENet(DocumentationLink, CallbackSupportMixin, NetExport, ArrayNamesp
         "max_iter": [None, Interval(Integral, 1, None, closed="left")],
     }
 
+    _fits_in_parallel: ClassVar[bool] = True
     _default_members: ClassVar[int] = 8
     _default_epochs: ClassVar[int]
     _default_units: ClassVar[int]
@@ -168,9 +171,9 @@ class BaseODENet(DocumentationLink, CallbackSupportMixin, NetExport, ArrayNamesp
         """Sample weights, times the classes' for the classifier."""
         return sample_weight
 
-    def _folds(self, X: NDArray[Any], target: NDArray[Any], n_folds: int, seed: int) -> NDArray[Any]:
-        """The fold of every row."""
-        return fold_numbers(KFold(n_folds, shuffle=True, random_state=seed).split(X), len(X))
+    def _folds(self, n_rows: int, target: NDArray[Any], n_folds: int, seed: int) -> NDArray[Any]:
+        """The fold of every row, all processes' rows one behind the other; ``target`` is of those that are here."""
+        return fold_numbers(KFold(n_folds, shuffle=True, random_state=seed).split(np.empty(n_rows)), n_rows)
 
     # --- fit ---
 
@@ -218,7 +221,9 @@ class BaseODENet(DocumentationLink, CallbackSupportMixin, NetExport, ArrayNamesp
         sample_weight = _check_sample_weight(
             as_array(sample_weight), X, dtype=np.float64, ensure_non_negative=True, allow_all_zero_weights=False
         )
-        seeds = seed_sequence(self.random_state).spawn(3)
+        peers = current_peers()
+        check_agreement(self, X, y, fresh, peers)
+        seeds = peers.share(seed_sequence(self.random_state)).spawn(3)
         target, n_outputs = self._learn_targets(y, sample_weight, fresh=fresh, incremental=incremental)
         weights = self._row_weights(y, sample_weight)
         counted = weights > 0
@@ -236,7 +241,7 @@ class BaseODENet(DocumentationLink, CallbackSupportMixin, NetExport, ArrayNamesp
             options,
             torch_generator(seeds[2]),
             moments=list(self._net.moments) if incremental and not fresh else None,
-            report=Table(rows.folds is not None) if self.verbose else None,
+            report=Table(rows.folds is not None) if self.verbose and not peers.rank else None,
             watcher=fit.rounds("epoch", lambda fitted, found: fitted._keep(model, found, whole)).watcher(),
         )
         self._keep(model, history, whole)
@@ -316,22 +321,25 @@ class BaseODENet(DocumentationLink, CallbackSupportMixin, NetExport, ArrayNamesp
         incremental: bool,
     ) -> TrainingRows:
         stopping = self.early_stopping
+        peers = current_peers()
+        n_all = peers.rows(len(X)).total
         if stopping == "auto":
-            stopping = len(X) >= EARLY_STOPPING_ROWS
+            stopping = n_all >= EARLY_STOPPING_ROWS
         folds = None
         if stopping and not incremental:
             n_folds = max(2, round(1 / self.validation_fraction))
-            if len(X) < n_folds:
+            if n_all < n_folds:
                 raise ValueError(
                     f"early_stopping with validation_fraction={self.validation_fraction} needs at least {n_folds} "
-                    f"rows; got {len(X)}. Set early_stopping=False."
+                    f"rows; got {n_all}. Set early_stopping=False."
                 )
-            folds = self._folds(X, target, n_folds, seed)
+            folds = self._folds(n_all, target, n_folds, seed)
         device, dtype = model.head.weight.device, model.head.weight.dtype
         y = to_tensor(target, torch.int64 if target.dtype.kind in "iu" else dtype, device)
-        return TrainingRows(
-            to_tensor(X, dtype, device), y, to_tensor(weights, dtype, device), model.config.n_members, folds
-        )
+        tensors = to_tensor(X, dtype, device), y, to_tensor(weights, dtype, device)
+        if peers.size == 1:
+            return TrainingRows(*tensors, model.config.n_members, folds)
+        return ShardedRows(*tensors, model.config.n_members, folds, peers)
 
     def _training_options(self, rows: TrainingRows, incremental: bool) -> TrainingOptions:
         batch_size = 128 if self.batch_size == "auto" else int(self.batch_size)
@@ -382,14 +390,12 @@ class BaseODENet(DocumentationLink, CallbackSupportMixin, NetExport, ArrayNamesp
     def _keep(self, model: ODENet, history: History, whole: bool) -> None:
         """Fitted attributes, all of them NumPy or plain Python."""
         arrays = {name: to_numpy(tensor) for name, tensor in model.state_dict().items()}
-        self._net = FittedNet(model.config, arrays, self.gradient, tuple(history.moments or ()))
+        arrays, moments = current_peers().share((arrays, tuple(history.moments or ())))  # rounding may differ
+        self._net = FittedNet(model.config, arrays, self.gradient, moments)
         self.n_parameters_ = sum(parameter.numel() for parameter in model.parameters())
         if whole:
-            self.n_iter_, self.loss_curve_, self.n_evals_curve_ = (
-                history.n_iter,
-                history.loss_curve,
-                history.n_evals_curve,
-            )
+            self.n_iter_, self.loss_curve_ = history.n_iter, history.loss_curve
+            self.n_evals_curve_ = history.n_evals_curve
             self.validation_scores_, self.validation_epochs_ = history.validation_scores, history.validation_epochs
         else:
             self.n_iter_ += history.n_iter

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 
+from skode.estimators.agreement import check_support
 from skode.exceptions import SolverError
-from skode.runtime import as_array
+from skode.runtime import as_array, current_peers
 from skode.solver import Solution
 
 CALLBACKS_BEGUN = ("_callback_fit_ctx", "_skl_callbacks_to_teardown")  # until the fit is over
@@ -20,11 +21,13 @@ CALLBACKS_BEGUN = ("_callback_fit_ctx", "_skl_callbacks_to_teardown")  # until t
 
 @contextmanager
 def unchanged_on_failure(estimator: BaseEstimator) -> Iterator[None]:
-    """Put all attributes back if the block raises, save what scikit-learn needs afterwards to tear callbacks down."""
+    """Put all attributes back if the block raises, save what scikit-learn tears callbacks down by; tell who waits."""
     before = dict(vars(estimator))
     try:
+        check_support(estimator)
         yield
-    except BaseException:
+    except BaseException as error:
+        current_peers().fail(error)
         begun = {name: value for name, value in vars(estimator).items() if name in CALLBACKS_BEGUN}
         vars(estimator).clear()
         vars(estimator).update(before | begun)

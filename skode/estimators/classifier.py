@@ -18,6 +18,7 @@ from skode.estimators.base import BaseODENet
 from skode.estimators.checks import fold_numbers, unchanged_on_failure
 from skode.models import ODENet, SolverOptions
 from skode.models.export import ClassifierModule
+from skode.runtime import current_peers
 from skode.training import Classification
 
 
@@ -269,7 +270,7 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         y = column_or_1d(y, warn=True)
         present = np.unique(y[sample_weight > 0])
         if fresh and not incremental:
-            self.classes_ = present
+            self.classes_ = present = np.unique(np.concatenate(current_peers().gather(present)))
             if len(present) < 2:
                 raise ValueError(
                     f"ODENetClassifier needs samples of at least 2 classes, but the data contains only one class: "
@@ -284,16 +285,21 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
     def _row_weights(self, y: NDArray[Any], sample_weight: NDArray[Any]) -> NDArray[Any]:
         if self.class_weight is None:
             return sample_weight
-        weights: NDArray[Any] = sample_weight * compute_sample_weight(self.class_weight, y)
+        peers = current_peers()
+        first = peers.rows(len(y)).first
+        of_classes = compute_sample_weight(self.class_weight, np.concatenate(peers.gather(y)))
+        weights: NDArray[Any] = sample_weight * of_classes[first : first + len(y)]
         return weights
 
-    def _folds(self, X: NDArray[Any], target: NDArray[Any], n_folds: int, seed: int) -> NDArray[Any]:
+    def _folds(self, n_rows: int, target: NDArray[Any], n_folds: int, seed: int) -> NDArray[Any]:
+        target = np.concatenate(current_peers().gather(target))
         # Classes with fewer rows than folds stay out of the stratification (it would only warn or refuse).
         counts = np.bincount(target)
         strata = np.where(counts[target] >= n_folds, target, len(counts))
         if np.bincount(strata).max() < n_folds or 0 < (strata == len(counts)).sum() < n_folds:
-            return super()._folds(X, target, n_folds, seed)
-        return fold_numbers(StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(X, strata), len(X))
+            return super()._folds(n_rows, target, n_folds, seed)
+        splits = StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(np.empty(n_rows), strata)
+        return fold_numbers(splits, n_rows)
 
     def decision_function(self, X: Any) -> NDArray[Any]:
         """Logarithms of the averaged probabilities; their difference for two classes.

@@ -42,7 +42,6 @@ class LatentQueries(ClassNamePrefixFeaturesOutMixin, TransformerMixin, SeriesExp
 
     holdout: str
 
-
     # --- predictions ---
 
     def predict(

@@ -37,8 +37,8 @@ class FoldedRegressor(ODENetRegressor):
             random_state=seed,
         )
 
-    def _folds(self, X: NDArray[Any], target: NDArray[Any], n_folds: int, seed: int) -> NDArray[Any]:
-        self._row_folds = super()._folds(X, target, n_folds, seed)
+    def _folds(self, n_rows: int, target: NDArray[Any], n_folds: int, seed: int) -> NDArray[Any]:
+        self._row_folds = super()._folds(n_rows, target, n_folds, seed)
         return self._row_folds
 
     def held_out_predictions(self, X: NDArray[Any]) -> Array:

@@ -16,6 +16,7 @@ from skode.estimators.base import BaseODENet
 from skode.estimators.checks import unchanged_on_failure
 from skode.models import ODENet, SolverOptions
 from skode.models.export import RegressorModule
+from skode.runtime import current_peers
 from skode.training import Regression
 
 
@@ -258,7 +259,9 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
     ) -> tuple[NDArray[Any], int]:
         columns = y.reshape(len(y), -1).astype(np.float64)
         if fresh:
-            scaler = StandardScaler().fit(columns, sample_weight=sample_weight)
+            scaler = current_peers().relay(
+                StandardScaler(), lambda scaler: scaler.partial_fit(columns, sample_weight=sample_weight)
+            )
             self._target_units = scaler.mean_, scaler.scale_
             self._one_dimensional, self.n_outputs_ = y.ndim == 1, columns.shape[1]
         if columns.shape[1] != self.n_outputs_:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +45,15 @@ class Encoding:
     high: NDArray[Any]
 
     @classmethod
-    def fit(cls, Z: NDArray[Any], weights: NDArray[Any], n_bins: int, *, unit_variance: bool) -> Encoding:
-        """Place the bins between weighted quantiles of the standardised rows ``Z``; tied quantiles share one.
+    def fit(
+        cls, columns: Iterable[NDArray[Any]], weights: NDArray[Any], n_bins: int, *, unit_variance: bool
+    ) -> Encoding:
+        """Place the bins between weighted quantiles of the standardised columns; tied quantiles share one.
 
         A unit rises from 0 to 1 across its bin; the outermost ones go on for one more width. Units are centred, and
         divided by their deviation (at least 0.05) with ``unit_variance``.
         """
-        units = [_encode_column(z, weights, n_bins, unit_variance) for z in Z.T]
+        units = [_encode_column(z, weights, n_bins, unit_variance) for z in columns]
         column = np.repeat(np.arange(len(units)), [len(unit[0]) for unit in units])
         return cls(column, *(np.concatenate(part) for part in zip(*units, strict=True)))
 

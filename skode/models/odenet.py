@@ -110,7 +110,7 @@ class ODENet(nn.Module):
         options: SolverOptions,
         *,
         first_step: float | None = None,
-        weights: Tensor | None = None,
+        control: BatchControl | None = None,
         error: bool = False,
         energy: bool = False,
     ) -> Output:
@@ -122,8 +122,8 @@ class ODENet(nn.Module):
             Rows for all members, or each member's own.
         options : SolverOptions
         first_step : float, optional
-        weights : tensor of shape (n_members, n), optional
-            Shares in the error norm.
+        control : BatchControl, optional
+            What the n_members * n rows weigh in the error norm.
         error, energy : bool
             Whether the penalties are wanted.
 
@@ -140,13 +140,12 @@ class ODENet(nn.Module):
         dynamics = self.dynamics()
         if energy:
             dynamics = EnergyDynamics(dynamics)
-        control = BatchControl(None if weights is None else weights.reshape(-1))
         solution = self.solve(
             dynamics,
             y0,
             [0.0, self.config.t1],
             options,
-            control,
+            control or BatchControl(),
             first_step=first_step,
             error_estimate=error,
             n_quadratures=int(energy),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from skode.runtime import ALONE, Peers
 from skode.solver.solution import Stats, Status
 from skode.solver.step import Attempt, Place, Span, Stepper
 
@@ -57,10 +58,13 @@ class BatchControl:
     norm : callable, optional
         Another norm: from the errors in units of the tolerance ``(n, d)`` to one number; a step is accepted if it is
         at most 1. Rows that an event has ended have errors of 0.
+    peers : Peers
+        Processes that hold further rows of the batch; with them, all weights together must add up to 1.
     """
 
     weights: Tensor | None = None
     norm: Callable[[Tensor], Tensor | float] | None = None
+    peers: Peers = ALONE
 
 
 class Verdict(NamedTuple):

@@ -56,8 +56,8 @@ class SharedControl:
         self._order = max(scheme.tableau.error_order, 1)
         self._batch, self._weights = batch, None
         if batch.weights is not None:
-            weights = (batch.weights / batch.weights.sum()).to(scheme.b.dtype).view(-1, 1)
-            self._weights = layout.enter_cotangent(weights)
+            weights = batch.weights if batch.peers.size > 1 else batch.weights / batch.weights.sum()
+            self._weights = layout.enter_cotangent(weights.to(scheme.b.dtype).view(-1, 1))
         self._n_evals, self._n_steps, self._n_rejected, self._status = 0, 0, 0, Status.SUCCESS
         self._was_rejected, self._error_now = False, 0.0
         self._last_step, self._last_error = abs(t1 - t0), SAFETY
@@ -97,7 +97,8 @@ class SharedControl:
         if self._weights is None:
             return abs(h) * float(torch.linalg.vector_norm(ratio)) / math.sqrt(max(ratio.numel(), 1))
         n_components = max(ratio.shape[self.layout.dim], 1)
-        return abs(h) * math.sqrt(float((self._weights * ratio.square()).sum()) / n_components)
+        total = self._batch.peers.add_up(float((self._weights * ratio.square()).sum()))
+        return abs(h) * math.sqrt(total / n_components)
 
     def _first_step(self, stepper: Stepper, place: Place, length: float) -> float:
         """Hairer, Norsett and Wanner I, section II.4."""
@@ -164,7 +165,7 @@ class SharedControl:
             if second is not None:
                 coarse = self._norm(second.div_(unit), span.h)
                 error = error * (error / math.hypot(error, 0.1 * coarse)) if error else 0.0
-        if attempt.failed is not None and bool(attempt.failed.any()):
+        if attempt.failed is not None and self._batch.peers.any(bool(attempt.failed.any())):
             error, self._reason = math.inf, Status.NO_CONVERGENCE
         else:
             self._reason = Status.NON_FINITE

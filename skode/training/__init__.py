@@ -3,6 +3,7 @@
 from skode.training.data import TrainingRows
 from skode.training.latent import LatentData, LatentHistory, LatentOptions, train_latent
 from skode.training.loop import Epoch, History, TrainingOptions, Watcher, train
+from skode.training.shards import ShardedRows
 from skode.training.tasks import Classification, Regression
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "LatentHistory",
     "LatentOptions",
     "Regression",
+    "ShardedRows",
     "TrainingOptions",
     "TrainingRows",
     "Watcher",

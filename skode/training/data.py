@@ -11,13 +11,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from skode.runtime import ALONE, Peers
+from skode.solver import BatchControl
+
 
 class Batch(NamedTuple):
-    """Rows (n_members, n, n_features) or (n, n_features), targets (n_members, n, ...) and weights (n_members, n)."""
+    """Rows (n_members, n, n_features) or (n, n_features), targets (n_members, n, ...) and weights (n_members, n).
+
+    ``totals`` (n_members,) are the weights' sums, those of the batch's rows in other processes included.
+    """
 
     X: Tensor
     target: Tensor
     weights: Tensor
+    totals: Tensor
 
 
 @dataclass
@@ -52,9 +59,23 @@ class TrainingRows:
         return [torch.from_numpy(np.flatnonzero(mask)).to(self.X.device) for mask in picked]
 
     @property
+    def peers(self) -> Peers:
+        """The processes that hold rows."""
+        return ALONE
+
+    @property
+    def n_all(self) -> int:
+        """All rows, whoever is trained on them."""
+        return len(self.X)
+
+    @property
     def n_rows(self) -> int:
         """Rows that every member is trained on in an epoch."""
-        return len(self.X) if self._rows is None else min(map(len, self._rows))
+        return self.n_all if self._rows is None else min(map(len, self._rows))
+
+    def control(self, batch: Batch) -> BatchControl:
+        """How the batch's rows share their steps."""
+        return BatchControl(batch.weights.reshape(-1))
 
     def batches(self, batch_size: int, generator: torch.Generator | None) -> Iterator[Batch]:
         """One epoch: equal batches in an order of its own for each member; in the rows' order without a generator."""
@@ -72,7 +93,7 @@ class TrainingRows:
         """Row numbers (n_members, n_rows)."""
         orders = []
         for m in range(self.n_members):
-            own = torch.arange(len(self.X)) if self._rows is None else self._rows[m].cpu()
+            own = torch.arange(self.n_all) if self._rows is None else self._rows[m].cpu()
             if generator is not None:
                 own = own[torch.randperm(len(own), generator=generator)]
             orders.append(own[: self.n_rows])
@@ -85,13 +106,14 @@ class TrainingRows:
         rows = torch.stack([torch.nn.functional.pad(table, (0, longest - len(table))) for table in tables])
         real = torch.stack([torch.arange(longest, device=rows.device) < len(table) for table in tables])
         for part, counted in zip(rows.split(size, dim=1), real.split(size, dim=1), strict=True):
-            batch = self._take(part)
-            yield batch._replace(weights=batch.weights * counted)
+            yield self._take(part, counted)
 
-    def _take(self, rows: Tensor) -> Batch:
-        return Batch(self.X[rows], self.target[rows], self.weights[rows])
+    def _take(self, rows: Tensor, counted: Tensor | None = None) -> Batch:
+        """Each member's rows (n_members, n), of which those that are not ``counted`` weigh nothing."""
+        weights = self.weights[rows] if counted is None else self.weights[rows] * counted
+        return Batch(self.X[rows], self.target[rows], weights, weights.sum(dim=1))
 
     def _take_all(self) -> Batch:
         members = (self.n_members, *(-1 for _ in self.target.shape))
         weights = self.weights.expand(self.n_members, -1)
-        return Batch(self.X, self.target.expand(*members), weights)
+        return Batch(self.X, self.target.expand(*members), weights, weights.sum(dim=1))

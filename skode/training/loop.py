@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -138,6 +138,8 @@ def train(
     try:
         run.epochs(report, watcher)
     except KeyboardInterrupt:
+        if rows.peers.size > 1:
+            raise  # the others would wait
         warnings.warn("Training interrupted by user.", stacklevel=2)
     if run.validation is not None:
         run.validation.restore_best()
@@ -182,7 +184,8 @@ class _Run:
             told = Epoch(epoch + 1, self.history.loss_curve[-1], score, self.history.n_evals, seconds)
             if report is not None:
                 report(told)
-            if (watcher is not None and watcher.end(told, self._ended)) or self._has_settled(epoch):
+            stop = watcher is not None and watcher.end(told, self._ended)
+            if self.rows.peers.any(stop) or self._has_settled(epoch):
                 return
         self._warn_if_falling()
 
@@ -233,21 +236,26 @@ class _Run:
             batch.X,
             self.solver,
             first_step=self.first_step,
-            weights=batch.weights,
+            control=self.rows.control(batch),
             error=options.error_penalty > 0,
             energy=options.energy_penalty > 0,
         )
         self.first_step = min(output.next_step, model.config.t1)
-        shares = batch.weights / batch.weights.sum(dim=1, keepdim=True)
+        shares = batch.weights / batch.totals.unsqueeze(1)
         loss = (shares * self.task.loss(output.values, batch.target)).sum(dim=1)
         objective = loss
         if options.error_penalty > 0:
             objective = objective + options.error_penalty * (shares * output.error).sum(dim=1)
         if output.energy is not None:
             objective = objective + options.energy_penalty * (shares * output.energy).sum(dim=1)
-        self.optimizer.step(objective.sum(), rate, options.alpha / (float(batch.weights.sum()) / len(batch.weights)))
+        gradients = torch.autograd.grad(objective.sum(), self.optimizer.parameters, allow_unused=True)
+        # A gradient is missing where a user's field does not use a parameter.
+        found = [gradient for gradient in gradients if gradient is not None]
+        mean, *found = self.rows.peers.total([loss.detach().mean(), *found])
+        gradients = tuple(None if gradient is None else found.pop(0) for gradient in gradients)
+        self.optimizer.step(gradients, rate, options.alpha / float(batch.totals.mean()))
         self.n_updates += 1
-        return loss.detach().mean(), output.n_evals
+        return mean, output.n_evals
 
     def _note_loss(self, loss: float) -> None:
         curve = self.history.loss_curve
@@ -299,6 +307,7 @@ class _Validation:
         """Validate, keep what improved, and return the score."""
         run = self._run
         parts = [self._solve(batch) for batch in run.rows.validation()]
+        parts = [part for own in run.rows.peers.gather(parts) for part in own]
         loss, values, target, weights = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         losses = ((weights * loss).sum(dim=1) / weights.sum(dim=1)).cpu().double()
         if bool((losses < self._best - run.options.tol).any()):
@@ -312,11 +321,12 @@ class _Validation:
         run.history.validation_epochs.append(epoch + 1)
         return score
 
-    def _solve(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _solve(self, batch: Batch) -> tuple[Tensor, ...]:
         """Loss, values, targets and weights of a slice of the left-out rows."""
         run = self._run
-        values = run.model(batch.X, run.solver, first_step=run.first_step, weights=batch.weights).values
-        return run.task.loss(values, batch.target), values, batch.target, batch.weights
+        values = run.model(batch.X, run.solver, first_step=run.first_step, control=run.rows.control(batch)).values
+        found = run.task.loss(values, batch.target), values, batch.target, batch.weights
+        return tuple(part.cpu() for part in found)  # as they are told to other processes
 
     @torch.no_grad()
     def restore_best(self) -> None:
@@ -334,11 +344,10 @@ class _Adam:
         fused = weights[0].device.type in ("cpu", "cuda")
         groups = [{"params": weights}, *([{"params": biases}] if biases else [])]
         self._adam = torch.optim.Adam(groups, betas=BETAS, fused=fused)
-        self._parameters = [*weights, *biases]
+        self.parameters = [*weights, *biases]
 
-    def step(self, loss: Tensor, rate: float, decay: float) -> None:
-        gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+    def step(self, gradients: Sequence[Tensor | None], rate: float, decay: float) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         for group in self._adam.param_groups:
             group["lr"] = rate
@@ -348,7 +357,7 @@ class _Adam:
     def moments(self) -> list[NDArray[Any]]:
         """Step counts and moments of all parameters, in order."""
         kept: list[NDArray[Any]] = []
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             state = self._adam.state.get(parameter, {})
             zeros = torch.zeros_like(parameter)
             kept.append(np.array(float(state.get("step", 0.0))))
@@ -357,7 +366,7 @@ class _Adam:
 
     def restore(self, moments: list[NDArray[Any]]) -> None:
         """Take up what :meth:`moments` gave."""
-        for i, parameter in enumerate(self._parameters):
+        for i, parameter in enumerate(self.parameters):
             step, mean, square = moments[3 * i : 3 * i + 3]
             self._adam.state[parameter] = {
                 "step": torch.tensor(float(step), dtype=torch.float32, device=parameter.device),

@@ -12,7 +12,7 @@ from skode.models.inputs import InputLayer
 
 def _layer(Z, weights=None, *, unit_variance=False, n_bins=8):
     weights = np.ones(len(Z)) if weights is None else weights
-    encoding = Encoding.fit(Z, weights, n_bins, unit_variance=unit_variance)
+    encoding = Encoding.fit(Z.T, weights, n_bins, unit_variance=unit_variance)
     layer = InputLayer(Z.shape[1], len(encoding.column)).double()
     layer.set(InputScale(np.zeros(Z.shape[1]), np.ones(Z.shape[1]), encoding))
     return layer, encoding
