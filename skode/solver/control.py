@@ -57,6 +57,17 @@ class BatchControl:
     norm : callable, optional
         Another norm: from the errors in units of the tolerance ``(n, d)`` to one number; a step is accepted if it is
         at most 1. Rows that an event has ended have errors of 0.
+
+    Examples
+    --------
+    Only the first row's error counts, so that the second one follows its steps:
+
+    >>> import torch
+    >>> from skode.solver import BatchControl, solve
+    >>> rates = torch.tensor([[1.0], [9.0]])
+    >>> control = BatchControl(weights=torch.tensor([1.0, 0.0]))
+    >>> solve(lambda t, y: -rates * y, torch.ones(2, 1), [0.0, 1.0], step_control=control).n_steps.unique().numel()
+    1
     """
 
     weights: Tensor | None = None
