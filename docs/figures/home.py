@@ -30,9 +30,9 @@ def classifier() -> None:
     model = ODENetClassifier(random_state=0).fit(X, y)
     probability = model.predict_proba(GRID.reshape(-1, 2))[:, 1].reshape(GRID.shape[:2])
     figure, axes = plt.subplots(figsize=(4, 3), layout="constrained")
-    axes.contourf(*GRID.transpose(2, 0, 1), probability, 20, cmap="RdBu_r", vmin=0, vmax=1, alpha=0.8)
+    axes.contourf(*GRID.transpose(2, 0, 1), probability, 20, cmap="RdBu_r", vmin=-0.4, vmax=1.4)
     axes.contour(*GRID.transpose(2, 0, 1), probability, [0.5], colors="black", linewidths=1)
-    axes.scatter(*X.T, c=y, cmap="RdBu_r", s=8, edgecolors="black", linewidths=0.3)
+    axes.scatter(*X.T, c=np.where(y == 1, "darkred", "navy"), s=9, edgecolors="white", linewidths=0.4)
     axes.set(xticks=[], yticks=[], title="probability of a class")
     save(figure, "home_classifier.png")
 
