@@ -1,4 +1,4 @@
-"""Print pyproject.toml's lowest versions of what skode requires, torch excepted, and of pytest: one requirement a line."""
+"""Print pyproject.toml's lowest versions of what skode requires, torch excepted, and of pytest: one a line."""
 
 import tomllib
 from pathlib import Path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "_ext"))
 
 import api_pages  # noqa: E402
+
+# sphinx-gallery imports what examples import, before they run.
+from sklearn.experimental import enable_halving_search_cv  # noqa: E402, F401
 
 import skode  # noqa: E402
 
@@ -93,7 +95,6 @@ def drop_missing_pages(app: Any, docname: str, source: list[str]) -> None:
 
 def setup(app: Any) -> None:
     """Write the list of public objects and keep foreign members out of their pages."""
-    warnings.simplefilter("default")
     api_pages.write_index(HERE / "api" / "index.rst")
     app.connect("autodoc-skip-member", api_pages.skip_foreign)
     app.connect("source-read", drop_missing_pages)
