@@ -53,6 +53,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": ["auto_examples"],
     "filename_pattern": r"/plot_",
     "ignore_pattern": r"/benchmarks/|__init__\.py",
+    "within_subsection_order": "api_pages.gallery_order",
     "backreferences_dir": "api/generated/backreferences",
     "doc_module": ("skode",),
     "reference_url": {"skode": None},

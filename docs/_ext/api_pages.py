@@ -57,3 +57,9 @@ def skip_foreign(app: Any, what: str, name: str, member: Any, skip: bool, option
     inner = member.fget if isinstance(member, property) else inspect.unwrap(member) if callable(member) else member
     written_in = getattr(inner, "__module__", None) or ""
     return None if written_in.split(".")[0] == "skode" and not name.startswith("_") else True
+
+
+def gallery_order(filename: str) -> tuple[bool, str]:
+    """Sort key of the gallery: the quickstart, then by name."""
+    name = Path(filename).name
+    return name != "plot_quickstart.py", name
