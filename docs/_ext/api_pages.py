@@ -15,6 +15,7 @@ MODULES = {
     "skode.metrics": "Scores",
     "skode.model_selection": "Splitters",
     "skode.callbacks": "Callbacks",
+    "skode.parallel": "Several processes",
     "skode.datasets": "Toy data",
     "skode.solver": "Solver",
     "skode.fields": "Vector fields",
