@@ -23,19 +23,63 @@ __all__ = [
 
 
 class SkodeError(Exception):
-    """Base class of skode's own errors."""
+    """Base class of skode's own errors.
+
+    Examples
+    --------
+    >>> from skode.exceptions import DeviceError, SkodeError
+    >>> issubclass(DeviceError, SkodeError)
+    True
+    """
 
 
 class DeviceError(SkodeError, ValueError):
-    """A device is unknown, absent from this machine, or cannot compute in the requested dtype."""
+    """A device is unknown, absent from this machine, or cannot compute in the requested dtype.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from skode import ODENetClassifier
+    >>> from skode.exceptions import DeviceError
+    >>> try:
+    ...     ODENetClassifier(device="gpu").fit(*load_iris(return_X_y=True))
+    ... except DeviceError as error:
+    ...     print(error)
+    device='gpu' is not a torch device; use 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
+    """
 
 
 class FieldError(SkodeError, ValueError):
-    """A vector field does not keep to the protocol ``field(t, y) -> dy/dt`` (shape, dtype, type)."""
+    """A vector field does not keep to the protocol ``field(t, y) -> dy/dt`` (shape, dtype, type).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skode.exceptions import FieldError
+    >>> from skode.solver import solve
+    >>> try:
+    ...     solve(lambda t, y: y.sum(dim=1), torch.ones(4, 2), [0.0, 1.0])
+    ... except FieldError as error:
+    ...     print("shape" in str(error))
+    True
+    """
 
 
 class DivergenceError(SkodeError, ValueError):
-    """Training left the finite numbers; the estimator is as it was before the call."""
+    """Training left the finite numbers; the estimator is as it was before the call.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from skode import ODENetClassifier
+    >>> from skode.exceptions import DivergenceError
+    >>> model = ODENetClassifier(learning_rate_init=1e30, random_state=0)
+    >>> try:
+    ...     model.fit(*load_iris(return_X_y=True))
+    ... except DivergenceError:
+    ...     print("smaller steps, please;", "fitted:", hasattr(model, "classes_"))
+    smaller steps, please; fitted: False
+    """
 
 
 class StoredModelError(SkodeError, ValueError):
@@ -63,6 +107,19 @@ class SolverError(SkodeError, RuntimeError):
     ----------
     rows : tuple of int
         The failed rows, in ascending order.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from skode import ODENetClassifier
+    >>> from skode.exceptions import SolverError
+    >>> X, y = load_iris(return_X_y=True)
+    >>> model = ODENetClassifier(tol=1.0, n_members=1, random_state=0).fit(X, y)
+    >>> try:
+    ...     model.set_params(rtol=1e-9, atol=1e-9, max_num_steps=2).predict(X[:3])
+    ... except SolverError as error:
+    ...     print(error.rows)
+    (0, 1, 2)
     """
 
     def __init__(self, message: str, rows: Sequence[int] = ()) -> None:

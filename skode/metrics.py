@@ -31,7 +31,7 @@ def n_evals_score(estimator: Any, X: Any, y: Any = None) -> float:
     >>> from skode.metrics import n_evals_score
     >>> X, y = load_iris(return_X_y=True)
     >>> scores = cross_validate(
-    ...     ODENetClassifier(max_iter=30, random_state=0), X, y, scoring={"accuracy": "accuracy", "cost": n_evals_score}
+    ...     ODENetClassifier(tol=1.0, random_state=0), X, y, scoring={"accuracy": "accuracy", "cost": n_evals_score}
     ... )
     >>> sorted(scores)
     ['fit_time', 'score_time', 'test_accuracy', 'test_cost']
@@ -54,5 +54,15 @@ def neg_n_evals_score(estimator: Any, X: Any, y: Any = None) -> float:
     Returns
     -------
     float
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from skode import ODENetClassifier
+    >>> from skode.metrics import n_evals_score, neg_n_evals_score
+    >>> X, y = load_iris(return_X_y=True)
+    >>> model = ODENetClassifier(tol=1.0, random_state=0).fit(X, y)
+    >>> neg_n_evals_score(model, X) == -n_evals_score(model, X)
+    True
     """
     return -n_evals_score(estimator, X, y)

@@ -30,6 +30,13 @@ class Spirals(NamedTuple):
     ahead : ndarray of shape (n_series, n_points, 2)
         Those points without noise; NaN past the curve's end, which happens for ``subset="train"`` alone.
     clockwise : bool ndarray of shape (n_series,)
+
+    Examples
+    --------
+    >>> from skode.datasets import make_spirals
+    >>> spirals = make_spirals(n_series=4, n_points=50, random_state=0)
+    >>> spirals.values.shape, spirals.times.shape, spirals.ahead.shape
+    ((4, 50, 2), (50,), (4, 50, 2))
     """
 
     values: NDArray[np.float64]

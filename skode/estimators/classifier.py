@@ -111,7 +111,7 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
     ----------
     classes_ : ndarray of shape (n_classes,)
     n_features_in_ : int
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape ``(n_features_in_,)``
         If X had column names.
     n_iter_ : int
         Epochs run.

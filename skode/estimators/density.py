@@ -130,7 +130,7 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
 
     Attributes
     ----------
-    column_kinds_ : array of shape (n_features_in_,)
+    column_kinds_ : array of shape ``(n_features_in_,)``
         "continuous", "constant", "duplicate", "collinear", "binary", "integer" or "rounded".
     score_error_ : float
         Largest solver error of the training rows' log-densities, in nats.

@@ -65,7 +65,7 @@ class FlowQueries(DensityExport):
 
         Returns
         -------
-        array of shape (n_samples, n_features_in_), and one of shape (n_samples,) on request
+        array of shape ``(n_samples, n_features_in_)``, and one of shape (n_samples,) on request
             Discrete columns are rounded to their lattices.
 
         Raises
@@ -169,7 +169,7 @@ class FlowQueries(DensityExport):
 
         Returns
         -------
-        array of shape (n_samples, n_features_in_)
+        array of shape ``(n_samples, n_features_in_)``
             0 in columns that were left out of the density. Of a discrete column's spread values, in the cell's middle.
         """
         check_is_fitted(self)

@@ -106,7 +106,7 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
     n_outputs_ : int
         Number of targets.
     n_features_in_ : int
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape ``(n_features_in_,)``
         If X had column names.
     n_iter_ : int
         Epochs run.

@@ -1,4 +1,13 @@
-"""Vector fields: value, vector-Jacobian products and parameter gradients."""
+"""Vector fields: value, vector-Jacobian products and parameter gradients.
+
+>>> import torch
+>>> from skode.fields import ACTIVATIONS, MLPField
+>>> "silu" in ACTIVATIONS
+True
+>>> field = MLPField(2, hidden_layer_sizes=(16,), activation="silu", generator=torch.Generator().manual_seed(0))
+>>> field(torch.zeros(3, 1), torch.ones(3, 2)).shape
+torch.Size([3, 2])
+"""
 
 from skode.fields.activations import ACTIVATIONS
 from skode.fields.conv import ConvField

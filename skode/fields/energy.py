@@ -32,6 +32,16 @@ class EnergyDynamics:
     Parameters
     ----------
     dynamics : Dynamics
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skode.fields import EnergyDynamics, MLPField
+    >>> from skode.solver import solve
+    >>> field = MLPField(2, generator=torch.Generator().manual_seed(0))
+    >>> solution = solve(EnergyDynamics(field), torch.ones(3, 2), [0.0, 1.0], n_quadratures=1)
+    >>> bool((solution.quadratures[:, -1] > 0).all())
+    True
     """
 
     def __init__(self, dynamics: Dynamics) -> None:

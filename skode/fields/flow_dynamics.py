@@ -124,6 +124,16 @@ class FlowDynamics:
     n_quadratures : int
     any_rows : bool
         Whether rows may be copied: not where they have contexts or probes of their own.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skode.fields import FlowField
+    >>> from skode.solver import solve
+    >>> dynamics = FlowField(2, generator=torch.Generator().manual_seed(0)).dynamics(trace=True)
+    >>> solution = solve(dynamics, torch.ones(3, 2), [0.0, 1.0], n_quadratures=dynamics.n_quadratures)
+    >>> solution.y1.shape, solution.quadratures[:, -1].shape  # states, and how the log-densities changed
+    (torch.Size([3, 2]), torch.Size([3, 1]))
     """
 
     def __init__(

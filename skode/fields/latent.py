@@ -162,6 +162,16 @@ class LatentDynamics:
     durations : tensor of shape (n, 1), optional
     inputs : callable, optional
     intensity : bool
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skode.fields import LatentField
+    >>> from skode.solver import solve
+    >>> field = LatentField(3, generator=torch.Generator().manual_seed(0))
+    >>> durations = torch.tensor([[1.0], [2.0]])  # the second series lasts twice as long
+    >>> solve(field.dynamics(durations=durations), torch.ones(2, 3), [0.0, 1.0]).y1.shape
+    torch.Size([2, 3])
     """
 
     def __init__(

@@ -25,6 +25,15 @@ class MemberDynamics:
     Parameters
     ----------
     members : sequence of Dynamics
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skode.fields import MemberDynamics, MLPField
+    >>> from skode.solver import solve
+    >>> members = [MLPField(2, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    >>> solve(MemberDynamics(members), torch.ones(3 * 4, 2), [0.0, 1.0]).y1.shape  # four rows for each
+    torch.Size([12, 2])
     """
 
     def __init__(self, members: Sequence[Dynamics]) -> None:

@@ -65,6 +65,15 @@ class PlanarDynamics:
     integrands : Integrands
     probe : tensor of shape (d,) or (n, d), optional
         Direction for the Jacobian's norm; exact if not given.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skode.fields import PlanarField
+    >>> from skode.solver import solve
+    >>> dynamics = PlanarField(2, n_units=8, generator=torch.Generator().manual_seed(0)).dynamics(trace=True)
+    >>> solve(dynamics, torch.ones(3, 2), [0.0, 1.0], n_quadratures=1, step_control="batch").quadratures.shape
+    torch.Size([3, 2, 1])
     """
 
     def __init__(self, field: PlanarField, integrands: Integrands, probe: Tensor | None) -> None:

@@ -18,6 +18,15 @@ class SecondOrderDynamics:
     ----------
     acceleration : Dynamics
         Maps the whole state ``(n, 2 k)`` to ``(n, k)``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skode.fields import MLPField, SecondOrderDynamics
+    >>> from skode.solver import solve
+    >>> acceleration = MLPField(4, n_outputs=2, generator=torch.Generator().manual_seed(0))
+    >>> solve(SecondOrderDynamics(acceleration), torch.ones(3, 4), [0.0, 1.0]).y1.shape
+    torch.Size([3, 4])
     """
 
     def __init__(self, acceleration: Dynamics) -> None:

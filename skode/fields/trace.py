@@ -48,6 +48,16 @@ class TracedDynamics(AutogradDynamics):
     .. [1] M. F. Hutchinson, "A stochastic estimator of the trace of the influence matrix for Laplacian smoothing
        splines", Communications in Statistics 18, 1989.
     .. [2] W. Grathwohl et al., "FFJORD", ICLR 2019, section 3.1. arXiv:1810.01367
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skode.fields import traced
+    >>> from skode.solver import solve
+    >>> dynamics = traced(lambda t, y: -y, 2)  # divergence -2 everywhere
+    >>> solution = solve(dynamics, torch.ones(1, 2), [0.0, 1.0], n_quadratures=1)
+    >>> round(float(solution.quadratures[0, -1, 0]), 4)
+    -2.0
     """
 
     def __init__(

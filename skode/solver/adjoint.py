@@ -155,6 +155,17 @@ class AdjointGradient:
     method : str, optional
         The forward solve's if not given; so are the tolerances.
     rtol, atol : float, optional
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skode.fields import MLPField
+    >>> from skode.solver import AdjointGradient, solve
+    >>> field = MLPField(2, generator=torch.Generator().manual_seed(0))
+    >>> y = solve(field, torch.ones(3, 2), [0.0, 1.0], gradient=AdjointGradient(rtol=1e-5, atol=1e-7)).y1
+    >>> y.square().sum().backward()
+    >>> all(parameter.grad is not None for parameter in field.parameters())
+    True
     """
 
     method: str | None = None

@@ -75,7 +75,7 @@ def odeint(
 
     Returns
     -------
-    tensor of shape (m, *y0.shape), or tuple of such
+    tensor of shape ``(m, *y0.shape)``, or tuple of such
         With ``event_fn``: the event's time (0-d), and the states at ``t[0]`` and there, ``(2, *y0.shape)``; gradients
         flow through the event's time and state, as they do from torchdiffeq's ``odeint_event``.
 
@@ -136,7 +136,7 @@ def odeint_adjoint(
 
     Returns
     -------
-    tensor of shape (m, *y0.shape), or tuple of such
+    tensor of shape ``(m, *y0.shape)``, or tuple of such
         As :func:`odeint`.
 
     Raises
@@ -204,7 +204,7 @@ def odeint_event(
     -------
     event_t : tensor, 0-d
         The event's time; carries gradients.
-    solution : tensor of shape (2, *y0.shape), or tuple of such
+    solution : tensor of shape ``(2, *y0.shape)``, or tuple of such
         The states at t0 and at the event.
 
     Raises

@@ -60,6 +60,17 @@ class BatchControl:
         at most 1. Rows that an event has ended have errors of 0.
     peers : Peers
         Processes that hold further rows of the batch; with them, all weights together must add up to 1.
+
+    Examples
+    --------
+    Only the first row's error counts, so that the second one follows its steps:
+
+    >>> import torch
+    >>> from skode.solver import BatchControl, solve
+    >>> rates = torch.tensor([[1.0], [9.0]])
+    >>> control = BatchControl(weights=torch.tensor([1.0, 0.0]))
+    >>> solve(lambda t, y: -rates * y, torch.ones(2, 1), [0.0, 1.0], step_control=control).n_steps.unique().numel()
+    1
     """
 
     weights: Tensor | None = None

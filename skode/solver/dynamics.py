@@ -36,6 +36,19 @@ class Dynamics(Protocol):
 
     ``linearize`` evaluates and remembers; ``pull`` maps a cotangent of the value to one of the state (and time), and
     leaves on the tape what ``accumulate`` needs to give the parameters' gradients of many evaluations at once.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skode.fields import MLPField
+    >>> from skode.solver import Dynamics
+    >>> field = MLPField(2, generator=torch.Generator().manual_seed(0))
+    >>> isinstance(field, Dynamics)
+    True
+    >>> value, tape = field.linearize(torch.zeros(3, 1), torch.ones(3, 2))
+    >>> dy, dt = field.pull(tape, torch.ones_like(value), time=True)
+    >>> dy.shape, dt.shape
+    (torch.Size([3, 2]), torch.Size([3, 1]))
     """
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:

@@ -64,6 +64,16 @@ class Crossings(NamedTuple):
     """All that happened, one entry each: tensors of shape (k,), states (k, d), sorted by row, then along its way.
 
     ``event`` counts the events as they were given to ``solve``. Times and states carry gradients.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skode.solver import Event, solve
+    >>> turn = lambda t, y: torch.stack([y[:, 1], -y[:, 0]], dim=1)
+    >>> passes = Event(lambda t, y: y[:, 0], terminal=False)
+    >>> found = solve(turn, torch.tensor([[1.0, 0.0]]), [0.0, 6.0], rtol=1e-6, events=passes).crossings
+    >>> [round(float(t), 2) for t in found.t]  # pi / 2 and 3 pi / 2
+    [1.57, 4.71]
     """
 
     row: Tensor

@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 
 
 class Status(IntEnum):
-    """How a row's solve ended."""
+    """How a row's solve ended.
+
+    Examples
+    --------
+    >>> from skode.solver import Status
+    >>> Status.EVENT.failed, Status.EVENT.message
+    (False, 'a terminal event ended the solve')
+    >>> [status.name for status in Status if status.failed]
+    ['MAX_STEPS', 'STEP_UNDERFLOW', 'NON_FINITE', 'NO_CONVERGENCE']
+    """
 
     SUCCESS = 0
     MAX_STEPS = 1
@@ -82,6 +91,16 @@ class Steps(NamedTuple):
 
     ``t`` has shape (n, k + 1): where each row's steps end, its first time in front; NaN for rows with fewer.
     ``status`` (n,) tells which rows failed: their steps end before their last time.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skode.solver import solve
+    >>> decay = lambda t, y: -y
+    >>> first = solve(decay, torch.ones(1, 1), [0.0, 1.0])
+    >>> again = solve(decay, 2 * torch.ones(1, 1), [0.0, 1.0], steps=first.steps)
+    >>> first.steps.t.shape[1] == int(first.n_steps[0]) + 1, bool((again.n_steps == first.n_steps).all())
+    (True, True)
     """
 
     t: Tensor
@@ -118,6 +137,16 @@ class Solution:
     quadratures : tensor of shape (n, m, q) or None
         The integrals from each row's first time on, with ``n_quadratures=q``: 0 there, NaN where ``y`` is. Carries
         gradients.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skode.solver import solve
+    >>> solution = solve(lambda t, y: -y, torch.ones(3, 2), [0.0, 0.5, 1.0], dense_output=True)
+    >>> solution.y.shape, solution.y1.shape, solution.success
+    (torch.Size([3, 3, 2]), torch.Size([3, 2]), True)
+    >>> solution.evaluate(torch.tensor([0.25])).shape
+    torch.Size([3, 1, 2])
     """
 
     t: Tensor
