@@ -1,6 +1,6 @@
 """Neural ordinary differential equations as scikit-learn estimators."""
 
-from skode import datasets, exceptions, metrics, model_selection
+from skode import datasets, displays, exceptions, metrics, model_selection
 from skode.estimators import (
     ContinuousFlowDensity,
     ContinuousFlowRegressor,
@@ -18,6 +18,7 @@ __all__ = [
     "ODENetRegressor",
     "Panel",
     "datasets",
+    "displays",
     "exceptions",
     "metrics",
     "model_selection",

@@ -1,9 +1,9 @@
-"""Constraints of the arguments that all estimators share, with scikit-learn's names and meanings."""
+"""What all estimators share: constraints of arguments, with scikit-learn's names and meanings; links to the docs."""
 
 from __future__ import annotations
 
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,6 +12,16 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from skode.fields import ACTIVATIONS
 from skode.solver import METHODS
 from skode.solver.strategies import STRATEGIES
+
+DOCUMENTATION = "https://skode.readthedocs.io/en/stable/"
+
+
+class DocumentationLink:
+    """Where scikit-learn's notebook representation of an estimator finds its page; goes before ``BaseEstimator``."""
+
+    _doc_link_module: ClassVar[str] = "skode"
+    _doc_link_template: ClassVar[str] = DOCUMENTATION + "api/generated/skode.{estimator_name}.html"
+
 
 SHARED_CONSTRAINTS: dict[str, Any] = {
     "activation": [StrOptions(set(ACTIVATIONS))],

@@ -18,7 +18,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
-from skode.estimators.arguments import SHARED_CONSTRAINTS
+from skode.estimators.arguments import SHARED_CONSTRAINTS, DocumentationLink
 from skode.estimators.checks import (
     checked_image,
     checked_times,
@@ -52,7 +52,7 @@ LARGEST_ENCODED_WIDTH = 200  # columns; beyond, "auto" leaves the piecewise-line
 N_UPDATES = 300  # epochs of small data, if not given, make at least so many updates
 
 
-class BaseODENet(BaseEstimator):
+class BaseODENet(DocumentationLink, BaseEstimator):
     """Base class; see :class:`ODENetClassifier` for the arguments."""
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
@@ -374,11 +374,16 @@ class BaseODENet(BaseEstimator):
         self._net = FittedNet(model.config, arrays, self.gradient, tuple(history.moments or ()))
         self.n_parameters_ = sum(parameter.numel() for parameter in model.parameters())
         if whole:
-            self.n_iter_, self.loss_curve_ = history.n_iter, history.loss_curve
-            self.validation_scores_ = history.validation_scores
+            self.n_iter_, self.loss_curve_, self.n_evals_curve_ = (
+                history.n_iter,
+                history.loss_curve,
+                history.n_evals_curve,
+            )
+            self.validation_scores_, self.validation_epochs_ = history.validation_scores, history.validation_epochs
         else:
             self.n_iter_ += history.n_iter
             self.loss_curve_ = [*self.loss_curve_, *history.loss_curve]
+            self.n_evals_curve_ = [*self.n_evals_curve_, *history.n_evals_curve]
         if self.loss_curve_:
             self.loss_, self.best_loss_ = self.loss_curve_[-1], min(self.loss_curve_)
         self.n_evals_ = history.n_evals

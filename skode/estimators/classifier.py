@@ -118,12 +118,16 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         Training loss of every epoch, the members' mean.
     validation_scores_ : list of float or None
         Accuracy on the members' left-out rows.
+    validation_epochs_ : list of int or None
+        Epochs after which these were taken.
     n_parameters_ : int
         Of all members together.
     dtype_ : numpy.dtype
         What fit computed in, and predictions do.
     n_evals_ : float
         Evaluations of the field per row in the last epoch, the members' sum.
+    n_evals_curve_ : list of float
+        The same of every epoch.
 
     References
     ----------

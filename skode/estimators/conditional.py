@@ -95,7 +95,7 @@ class ContinuousFlowRegressor(RegressorMixin, BaseFlow):
         The mean of the standardised targets; None with fewer than 10 distinct rows.
     column_kinds_ : array of shape (n_targets,)
         Of the targets: "continuous", "constant", "duplicate", "collinear", "binary", "integer" or "rounded".
-    n_iter_, loss_, loss_curve_, best_loss_, validation_scores_, n_evals_, n_parameters_, dtype_
+    n_iter_, loss_, loss_curve_, best_loss_, validation_scores_, n_evals_, n_evals_curve_, n_parameters_, dtype_
         Of the flows' training, as in the other estimators; of the flow that took most updates.
     n_features_in_, feature_names_in_
         As in scikit-learn.

@@ -145,6 +145,8 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
         Held-out log-likelihoods of the standardised rows in the course of training.
     n_evals_ : float
         The field's evaluations a row in the last update by likelihood.
+    n_evals_curve_ : list of float
+        The same before each check of training by likelihood.
     n_parameters_ : int
         Of the fields.
     dtype_ : numpy.dtype

@@ -16,7 +16,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
 
-from skode.estimators.arguments import SHARED_CONSTRAINTS
+from skode.estimators.arguments import SHARED_CONSTRAINTS, DocumentationLink
 from skode.estimators.columns import Columns
 from skode.estimators.fitted_flow import (
     BASES,
@@ -46,7 +46,7 @@ MATCHING_UPDATES = 7.5  # for each update by likelihood
 FITTED_SHARE = 3  # a flow that starts at a fitted mixture takes so many times fewer
 
 
-class BaseFlow(BaseEstimator):
+class BaseFlow(DocumentationLink, BaseEstimator):
     """Arguments and training that densities and conditional densities have in common."""
 
     columns_: Columns
@@ -265,6 +265,7 @@ class BaseFlow(BaseEstimator):
         self.loss_ = self.loss_curve_[-1] if self.loss_curve_ else None
         self.best_loss_ = min(self.loss_curve_, default=None)
         self.n_evals_ = history.n_evals if history else 0.0
+        self.n_evals_curve_ = history.n_evals_curve if history else []
 
     # --- densities ---
 

@@ -12,6 +12,7 @@ import torch
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from torch import Tensor
 
+from skode.estimators.checks import checked_times
 from skode.estimators.column_kinds import column_name
 from skode.estimators.conditioning import N_FITTED, conditioned
 from skode.estimators.fitted_flow import (
@@ -25,6 +26,7 @@ from skode.estimators.fitted_flow import (
 )
 from skode.estimators.flow_base import BaseFlow
 from skode.exceptions import ConvergenceWarning
+from skode.models import SolverOptions
 from skode.models.flow import ContinuousFlow
 from skode.runtime import as_array, seed_sequence, torch_generator
 
@@ -216,9 +218,75 @@ class FlowQueries(BaseFlow):
                 places[rows] = self._carried(flow, places[rows])
         return self.columns_.restore(refuse_nan(places, "row of the table"))
 
+    def trajectory(self, X: Any, t: Any, *, start: float = 1.0, return_log_density: bool = False) -> Any:
+        """Where rows are on their way from the base distribution, at time 0, to the data, at time 1.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+        t : array-like of shape (m,)
+            Times in [0, 1], ascending.
+        start : float, default=1
+            The time at which the rows are at X.
+        return_log_density : bool, default=False
+            Also give the log-density of the flow at each place and time. It is as exact as ``rtol`` asks for samples;
+            ``score_samples`` has an error that is checked.
+
+        Returns
+        -------
+        array of shape (n_samples, m, n_features_in_), and one of shape (n_samples, m) on request
+            In the units of X. Discrete columns are not rounded.
+
+        Raises
+        ------
+        ValueError
+            If times are outside of [0, 1], or the density is an average of several flows.
+        SolverError
+            If the solve fails for some row.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from skode import ContinuousFlowDensity
+        >>> X = np.random.default_rng(0).normal(size=(200, 2))
+        >>> density = ContinuousFlowDensity(max_iter=2, random_state=0).fit(X)
+        >>> density.trajectory(X[:5], [0.0, 0.5, 1.0]).shape
+        (5, 3, 2)
+        """
+        check_is_fitted(self)
+        X = validate_data(self, as_array(X), dtype=np.float64, reset=False)
+        times, (begin,) = checked_times(t, 1.0), checked_times(start, 1.0)
+        columns, m = self.columns_, len(times)
+        Z = columns.standardise(columns.centres(X))
+        found = np.zeros((len(X), m, columns.n_kept + 1))
+        if columns.n_kept:
+            device, solver = self._predicting_device(), self._sampling_solver()
+            flow = self._single().build(torch.float64, device)
+            for rows in chunks(len(Z), columns.n_kept, m):
+                way = in_blocks(Z[rows], lambda block, _: _way(flow, block, begin, times, solver).flatten(1), device)
+                found[rows] = way.reshape(-1, m, columns.n_kept + 1)
+        refuse_nan(found.reshape(len(X), -1), "way")
+        states, log_density = found[..., :-1], found[..., -1] - columns.log_scale
+        places = columns.restore(states.reshape(len(X) * m, -1), snap=False).reshape(len(X), m, -1)
+        return (places, log_density) if return_log_density else places
+
     def _single(self) -> FittedFlow:
         if len(self._flows) > 1:
             raise ValueError(f"n_members={self.n_members} flows have no common base; use n_members=1 to transform.")
         flow = self._flows[0]
         assert flow is not None
         return flow
+
+
+def _way(flow: ContinuousFlow, z: Tensor, start: float, times: list[float], solver: SolverOptions) -> Tensor:
+    """Places and log-densities (n, m, d + 1) at times of what is at ``z`` (n, d) at the start."""
+    n_before = sum(t <= start for t in times)
+    back = flow.solution(z, [start, *times[:n_before][::-1], 0.0], solver)
+    assert back.quadratures is not None
+    log_density = flow.base.log_density(back.y1)[:, None] + back.quadratures[:, -1]
+    way = [torch.cat([back.y[:, 1:-1], (log_density[:, None] - back.quadratures)[:, 1:-1]], dim=2).flip(1)]
+    if n_before < len(times):
+        ahead = flow.solution(z, [start, *times[n_before:]], solver)
+        assert ahead.quadratures is not None
+        way.append(torch.cat([ahead.y, log_density[:, None] - ahead.quadratures], dim=2)[:, 1:])
+    return torch.cat(way, dim=1)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
+from skode.estimators.arguments import DocumentationLink
 from skode.estimators.containers import Columns, Container, is_frames, read_series, read_wide
 from skode.estimators.fitted_latent import FittedLatent, Forecaster
 from skode.models import FAMILIES, SolverOptions
@@ -23,7 +24,7 @@ from skode.runtime import as_array, resolve_device, row_keys
 DEFAULT_METHOD = "tsit5"
 
 
-class LatentInputs(BaseEstimator):
+class LatentInputs(DocumentationLink, BaseEstimator):
     """Reading of X, for fits and predictions."""
 
     likelihood: Any

@@ -75,12 +75,16 @@ class FlowRows:
 
 @dataclass
 class FlowHistory:
-    """Mean losses between the checks of either phase, the checks' held-out log-likelihoods, evaluations a row."""
+    """Mean losses between the checks of either phase, the checks' held-out log-likelihoods, evaluations a row.
+
+    ``n_evals`` is of the last update, ``n_evals_curve`` has that of the last one before each check by likelihood.
+    """
 
     matching_losses: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     validation_scores: list[float] = field(default_factory=list)
     n_evals: float = 0.0
+    n_evals_curve: list[float] = field(default_factory=list)
 
 
 class FlowTraining:
@@ -158,6 +162,7 @@ class FlowTraining:
         except SolverError as error:
             self.failure = error
             return False
+        self.history.n_evals_curve.append(self.history.n_evals)
         self._done += some
         last, score = self.history.validation_scores[-1], self.check()
         self._without = 0 if score > before + options.tol else self._without + 1

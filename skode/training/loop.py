@@ -60,13 +60,19 @@ class History:
 
     loss_curve: list[float] = field(default_factory=list)
     validation_scores: list[float] | None = None
-    n_evals: float = 0.0
+    validation_epochs: list[int] | None = None
+    n_evals_curve: list[float] = field(default_factory=list)
     moments: list[NDArray[Any]] | None = None
 
     @property
     def n_iter(self) -> int:
         """Epochs that were run."""
         return len(self.loss_curve)
+
+    @property
+    def n_evals(self) -> float:
+        """The field's evaluations a row in the last epoch."""
+        return self.n_evals_curve[-1] if self.n_evals_curve else 0.0
 
 
 def train(
@@ -176,7 +182,7 @@ class _Run:
             loss, evals = self._step(batch, rate)
             total += loss
             n_evals += evals
-        self.history.n_evals = n_evals / n
+        self.history.n_evals_curve.append(n_evals / n)
         self._note_loss(float(total) / n)
 
     def _step(self, batch: Batch, rate: float) -> tuple[Tensor, float]:
@@ -245,7 +251,7 @@ class _Validation:
         self._best = torch.full((n_members,), math.inf, dtype=torch.float64)
         self._weights: list[list[Tensor]] = [[] for _ in range(n_members)]
         self.last_improvement = 0
-        run.history.validation_scores = []
+        run.history.validation_scores, run.history.validation_epochs = [], []
 
     @torch.no_grad()
     def check(self, epoch: int) -> float:
@@ -260,8 +266,9 @@ class _Validation:
             self._weights[m] = [parameter.clone() for parameter in run.model.member_parameters(m)]
             self._best[m] = losses[m]
         score = run.task.score(values, target, weights)
-        assert run.history.validation_scores is not None
+        assert run.history.validation_scores is not None and run.history.validation_epochs is not None
         run.history.validation_scores.append(score)
+        run.history.validation_epochs.append(epoch + 1)
         return score
 
     def _solve(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
