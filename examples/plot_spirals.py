@@ -2,16 +2,16 @@
 Spirals seen in glimpses: a latent ODE
 ======================================
 
-Each of these spirals is seen a few dozen times, at moments of its own and through noise. :class:`skode.LatentODERegressor`
-learns from many of them what a spiral is, then draws each one whole and goes on where its observations end (Figure 8 of
-`Chen et al. 2018 <https://arxiv.org/abs/1806.07366>`_).
+Each of these spirals is seen a few dozen times, at moments of its own and through noise.
+:class:`skode.LatentODERegressor` learns from many of them what a spiral is, then draws each one whole and goes on where
+its observations end (Figure 8 of `Chen et al. 2018 <https://arxiv.org/abs/1806.07366>`_).
 """
 
 # %%
 # The data
 # --------
-# Half of the spirals turn clockwise. 30 of 100 points are observed. For the test series we also know the 100 points that
-# follow.
+# Half of the spirals turn clockwise. 30 of 100 points are observed. For the test series we also know the 100 points
+# that follow.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -43,7 +43,9 @@ def rmse(prediction: np.ndarray, truth: np.ndarray) -> float:
 
 print(f"noise of a coordinate 0.30; error inside of the window {rmse(inside, test.clean):.2f}")
 for name, points in (("first", slice(0, 25)), ("next", slice(25, 50)), ("last", slice(50, 100))):
-    print(f"error ahead, {name} {points.stop - points.start} points: {rmse(ahead[:, points], test.ahead[:, points]):.2f}")
+    print(
+        f"error ahead, {name} {points.stop - points.start} points: {rmse(ahead[:, points], test.ahead[:, points]):.2f}"
+    )
 
 # %%
 # Six spirals that were not in the training. The model saw the dots. The dashed line is the truth that follows.
