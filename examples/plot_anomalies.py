@@ -77,7 +77,7 @@ left.hist(np.clip(density[is_nine], bins[0], None), bins, color=NINE, alpha=0.8,
 left.axvline(flow.offset_, color="black", linestyle="--", linewidth=1, label="threshold")
 left.set(xlabel="log-density, nats", ylabel="images", title="Nines are unlikely fours")
 left.legend(frameon=False, loc="upper left")
-DensityDisplay.from_estimator(flow, grid_resolution=60, ax=right, cmap="Greys")
+DensityDisplay.from_estimator(flow, grid_resolution=60, ax=right, cmap="Greys", alpha=0.5)
 for rows, color, marker in ((~is_nine, FOUR, "o"), (is_nine, NINE, "^")):
     right.scatter(*pca.transform(test[rows])[:, :2].T, s=14, color=color, marker=marker)
 right.set(xlabel="component 1", ylabel="component 2", title="The density in two of 16 dimensions")

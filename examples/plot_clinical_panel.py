@@ -71,5 +71,7 @@ for k, lab in enumerate(LABS):
 lengths = np.diff(test.offsets)
 shown = np.argsort(-lengths, kind="stable")[[0, 4, 8, 12]]
 figure, axes = plt.subplots(2, 4, figsize=(11, 4.8), layout="constrained", sharey="row", sharex="col")
-TrajectoryDisplay.from_estimator(model, test, series=shown, channels=["log bili", "albumin"], horizon=2.0, ax=axes)
+TrajectoryDisplay.from_estimator(model, test, series=shown, channels=["log bili", "albumin"], horizon=2.0, ax=axes.T)
+for ax in axes.flat:
+    ax.set_xlabel("years" if ax in axes[1] else "")
 plt.show()

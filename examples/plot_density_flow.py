@@ -30,7 +30,9 @@ MAKERS = {
 flows = {}
 for name, make in MAKERS.items():
     X, X_test = make(0), make(1)
-    flows[name] = ContinuousFlowDensity(base="normal", objective="flow_matching", random_state=0).fit(X)
+    flows[name] = ContinuousFlowDensity(
+        base="normal", objective="flow_matching", learning_rate_init=0.01, max_iter=500, random_state=0
+    ).fit(X)
     mixture = GaussianMixture(10, random_state=0).fit(X)
     print(
         f"{name}: mean log-density of new rows {flows[name].score(X_test):.3f} nats by the flow, "
@@ -56,6 +58,6 @@ print(f"largest error there and back: {np.abs(flows['moons'].inverse_transform(n
 times = [0.0, 0.25, 0.5, 0.75, 1.0]
 figure, axes = plt.subplots(2, len(times), figsize=(11, 5), layout="constrained")
 for (name, flow), row in zip(flows.items(), axes, strict=True):
-    DensityDisplay.from_estimator(flow, t=times, grid_resolution=50, samples=200, ax=row)
+    DensityDisplay.from_estimator(flow, t=times, grid_resolution=40, samples=200, ax=row)
     row[0].set_ylabel(name)
 plt.show()

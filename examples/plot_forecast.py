@@ -35,7 +35,7 @@ print(f"{len(train)} chicks in training, {len(test)} for the test")
 # ``before(9)`` keeps what was known after four weighings; the rest is asked for by its times. Quantiles are those of
 # new observations, the scales' noise included.
 
-model = LatentODERegressor(max_iter=250, random_state=0).fit(train)
+model = LatentODERegressor(encoder_layer_sizes=(64, 64), max_iter=400, random_state=0).fit(train)
 QUANTILES = [0.1, 0.25, 0.5, 0.75, 0.9]
 CUT = 9
 known, later = test.before(CUT), test.after(CUT)
