@@ -56,7 +56,8 @@ def test_a_sine_is_learned_inside_and_ahead() -> None:
     model, _, history = fitted()
     series = sines(100, 2, stop=1.5, each=40)
     given = series.where(series.times < 1.0)
-    found = outlook(model, given, series.index, series.times, None, ForecastOptions(SOLVER, 0.5))
+    with torch.no_grad():
+        found = outlook(model, given, series.index, series.times, None, ForecastOptions(SOLVER, 0.5))
     error = (found.eta - series.values).square()
     ahead = series.times > 1.0
     assert float(error[~ahead].mean()) < (2.5 * NOISE) ** 2
