@@ -87,15 +87,7 @@ html_theme_options = {
 html_sidebars = {"index": [], "getting_started": [], "changelog": []}
 
 
-def drop_missing_pages(app: Any, docname: str, source: list[str]) -> None:
-    """Leave pages that are not written yet out of the user guide's list."""
-    if docname == "user_guide":
-        lines = source[0].splitlines()
-        source[0] = "\n".join(s for s in lines if not s.isidentifier() or (HERE / f"{s}.md").exists())
-
-
 def setup(app: Any) -> None:
     """Write the list of public objects and keep foreign members out of their pages."""
     api_pages.write_index(HERE / "api" / "index.rst")
     app.connect("autodoc-skip-member", api_pages.skip_foreign)
-    app.connect("source-read", drop_missing_pages)

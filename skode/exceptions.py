@@ -86,11 +86,34 @@ class StoredModelError(SkodeError, ValueError):
     """A stored estimator is of a format that this version does not read.
 
     The message names the version that wrote it, the one that reads it, and what to do.
+
+    Examples
+    --------
+    >>> from skode import ODENetClassifier
+    >>> from skode.exceptions import StoredModelError
+    >>> state = ODENetClassifier().__getstate__()  # what pickle stores
+    >>> try:
+    ...     ODENetClassifier().__setstate__(state | {"_skode_format": 99, "_skode_version": "9.0.0"})
+    ... except StoredModelError as error:
+    ...     print(error)
+    this ODENetClassifier was stored by skode 9.0.0 and cannot be loaded by skode ...
     """
 
 
 class PeerError(SkodeError, RuntimeError):
-    """Another process of a data-parallel fit failed, ended, or is doing something else."""
+    """The processes of a data-parallel fit cannot go on: one failed, ended, does something else, or has no group.
+
+    Examples
+    --------
+    >>> from skode.exceptions import PeerError
+    >>> from skode.parallel import data_parallel
+    >>> try:
+    ...     with data_parallel():
+    ...         pass
+    ... except PeerError as error:
+    ...     print(error)
+    data_parallel needs torch.distributed: call torch.distributed.init_process_group('gloo') first, ...
+    """
 
 
 class SolverError(SkodeError, RuntimeError):
