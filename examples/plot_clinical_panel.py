@@ -37,8 +37,8 @@ print(f"cholesterol was not measured at {visits['chol'].isna().mean():.0%} of th
 # split by patients, as any array is split by rows.
 
 panel = Panel.from_long(visits, series_id="id", time="years", values=LABS, static="age")
-train, test = train_test_split(panel, test_size=0.25, random_state=0)
-model = LatentODERegressor(hidden_layer_sizes=(32,), encoder_layer_sizes=(64, 64), max_iter=300, random_state=0).fit(
+train, test = train_test_split(panel, test_size=0.15, random_state=0)
+model = LatentODERegressor(hidden_layer_sizes=(32,), encoder_layer_sizes=(64, 64), max_iter=250, random_state=0).fit(
     train
 )
 print(f"{len(train)} patients in training, {len(test)} for the test")

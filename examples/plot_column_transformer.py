@@ -71,8 +71,8 @@ for name, p in probabilities.items():
 # What was learned
 # ----------------
 # Left: the predicted probability of survival by age, for both sexes and the three classes. The little dip is an
-# artefact of the imputation: those of unknown age, of whom few survived, stand at the median. Right: are the
-# probabilities honest? Of the passengers who were given 30 %, 30 % should have survived.
+# artefact of the imputation: those of unknown age, of whom few survived, stand at the median. Right: are probabilities
+# honest? Of the passengers who were given 30 %, 30 % should have survived.
 
 pipeline.fit(X, y)
 unknown = X["age"].isna()

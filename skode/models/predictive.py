@@ -73,7 +73,7 @@ class Predictive:
     eta, spread : tensors of shape (n, c)
     noise : sequence of float, optional
         Factors on the channels' noise.
-    degrees : float or tensor, default=inf
+    degrees : float, default=inf
         Of freedom, above 2.
     """
 
@@ -83,7 +83,7 @@ class Predictive:
         eta: Tensor,
         spread: Tensor,
         noise: tuple[float, ...] | Tensor | None = None,
-        degrees: float | Tensor = math.inf,
+        degrees: float = math.inf,
     ) -> None:
         self._likelihood, self.eta, self.spread = likelihood, eta, spread
         factor = torch.ones(eta.shape[1]) if noise is None else torch.as_tensor(noise)

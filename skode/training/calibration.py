@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,10 @@ STRIDES = (0.5, 0.25, None)
 GUESS = ((0.2, -4.0, 0.5), (1.0, -2.0, 0.7))
 SURE = ((0.15, 1.5, 0.3), (1.0, 1.5, 0.3))
 SURE_OF_NOISE = 0.2
-GUESSED_TAIL, SURE_OF_TAIL = 2.0, 0.7  # logarithm of the errors' degrees of freedom above 2
+# Logarithm of the errors' degrees of freedom above 2: new series differ more than parts of the series of the training,
+# on which few observations say little.
+GUESSED_TAIL, SURE_OF_TAIL = 1.1, 0.4
+TAILS = torch.linspace(-1.0, 9.0, 201, dtype=torch.float64)
 N_STEPS = 200
 
 
@@ -116,22 +120,38 @@ def _fitted(
     guess = torch.tensor(GUESS, dtype=torch.float64)
     spreads = guess.clone().requires_grad_()
     noise = torch.zeros(eta.shape[1], dtype=torch.float64, requires_grad=True)
-    tail = torch.tensor(GUESSED_TAIL, dtype=torch.float64, requires_grad=True)
-    wanted = [spreads, noise, tail]
-    optimizer = torch.optim.Adam(wanted, lr=0.05)
+    optimizer = torch.optim.Adam([spreads, noise], lr=0.05)
     for _ in range(N_STEPS):
         values = spreads[ahead.long()]
         grown = values[:, 1].exp() * distance.clamp(min=1e-6) ** values[:, 2].clamp(min=0.0)
         spread = ((values[:, :1].exp() * disagreement).square() + grown.square().unsqueeze(1)).sqrt()
-        predictive = Predictive(likelihood, eta, spread, noise.exp(), 2 + tail.exp())
+        predictive = Predictive(likelihood, eta, spread, noise.exp())
         log_prob = (predictive.log_prob(y) * mask).sum()
         doubt = ((spreads - guess) / torch.tensor(SURE, dtype=torch.float64)).square().sum()
-        doubt = doubt + (noise / SURE_OF_NOISE).square().sum() + ((tail - GUESSED_TAIL) / SURE_OF_TAIL).square()
-        gradients = torch.autograd.grad(-log_prob + 0.5 * doubt, wanted, materialize_grads=True)
-        for part, gradient in zip(wanted, gradients, strict=True):
-            part.grad = gradient
+        loss = -log_prob + 0.5 * doubt + 0.5 * (noise / SURE_OF_NOISE).square().sum()
+        gradients = torch.autograd.grad(loss, [spreads, noise])
+        spreads.grad, noise.grad = gradients
         optimizer.step()
     inside, later = (
         Spread(float(own[0].exp()), float(own[1].exp()), max(float(own[2]), 0.0)) for own in spreads.detach()
     )
-    return Calibration(inside, later, tuple(noise.detach().exp().tolist()), 2 + float(tail.detach().exp()))
+    factors = tuple(noise.detach().exp().tolist())
+    normal = [i for i, family in enumerate(model.config.families) if family == "gaussian"]
+    with torch.no_grad():
+        off = ((y - eta) / Predictive(likelihood, eta, spread, factors).std())[:, normal]
+    return Calibration(inside, later, factors, _degrees(off[mask[:, normal]]))
+
+
+def _degrees(off: Tensor) -> float:
+    """Degrees of freedom of errors in units of their standard deviation: the most likely, near a guess for few."""
+    if not len(off):
+        return math.inf
+    each = torch.stack([_t_log_density(off, 2 + float(tail.exp())).sum() for tail in TAILS])
+    best = TAILS[torch.argmax(each - 0.5 * ((TAILS - GUESSED_TAIL) / SURE_OF_TAIL).square())]
+    return 2 + float(best.exp())
+
+
+def _t_log_density(z: Tensor, degrees: float) -> Tensor:
+    """Of Student's t with a variance of 1, up to a constant that is the same for all degrees."""
+    constant = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - 0.5 * math.log(degrees - 2)
+    return constant - (degrees + 1) / 2 * torch.log1p(z.square() / (degrees - 2))

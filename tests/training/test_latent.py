@@ -18,7 +18,7 @@ from skode.models.predictive import Calibration, Predictive
 from skode.models.series import offsets_of
 from skode.models.trajectories import Prior, fit_prior, log_bound, posterior_eta, prior_eta
 from skode.training import LatentData, LatentHistory, LatentOptions, train_latent
-from skode.training.calibration import calibrate, choose_stride, distances
+from skode.training.calibration import _degrees, calibrate, choose_stride, distances
 from skode.training.windows import Panel, draw_batch, held_out_tasks
 from tests.models.test_latent_series import panel, piece
 
@@ -56,7 +56,8 @@ def test_a_sine_is_learned_inside_and_ahead() -> None:
     model, _, history = fitted()
     series = sines(100, 2, stop=1.5, each=40)
     given = series.where(series.times < 1.0)
-    found = outlook(model, given, series.index, series.times, None, ForecastOptions(SOLVER, 0.5))
+    with torch.no_grad():
+        found = outlook(model, given, series.index, series.times, None, ForecastOptions(SOLVER, 0.5))
     error = (found.eta - series.values).square()
     ahead = series.times > 1.0
     assert float(error[~ahead].mean()) < (2.5 * NOISE) ** 2
@@ -78,6 +79,19 @@ def test_calibrated_bands_cover_what_they_say() -> None:
     covered = (series.values >= own.quantile(0.1)) & (series.values <= own.quantile(0.9))
     assert 0.72 < float(covered[~ahead].double().mean()) < 0.92
     assert 0.65 < float(covered[ahead].double().mean()) < 0.92
+
+
+@pytest.mark.parametrize(("degrees", "least", "most"), [(3.0, 2.8, 3.3), (6.0, 5.5, 6.5), (None, 30.0, np.inf)])
+def test_degrees_of_freedom_are_those_of_many_errors(degrees: float | None, least: float, most: float) -> None:
+    rng = np.random.default_rng(0)
+    errors = rng.normal(size=20_000) if degrees is None else rng.standard_t(degrees, 20_000) * (1 - 2 / degrees) ** 0.5
+    assert least < _degrees(torch.from_numpy(errors)) < most
+
+
+def test_few_errors_hardly_move_the_guessed_degrees_of_freedom() -> None:
+    few = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert 4.5 < _degrees(few) < 6.5
+    assert np.isinf(_degrees(few[:0]))
 
 
 def test_the_same_generator_gives_the_same_bits_and_the_global_one_stays() -> None:
