@@ -1,8 +1,8 @@
 """Run the Python blocks of the Markdown pages: ``python docs/_ext/run_pages.py [page ...]``.
 
 The blocks of a page share one namespace and run in order, in a folder of their own, so that what a page shows works as
-it stands there. A block that a page introduces by the comment ``<!-- not run -->`` is left out, and so is a page with the
-comment ``<!-- needs NAME -->`` where that package is not installed.
+it stands there. A block that a page introduces by the comment ``<!-- not run -->`` is left out, and so is a page with
+the comment ``<!-- needs NAME -->`` where that package is not installed.
 """
 
 from __future__ import annotations
