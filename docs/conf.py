@@ -60,6 +60,7 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "show_memory": False,
     "show_signature": False,
+    "write_computation_times": False,
     "download_all_examples": False,
     "matplotlib_animations": False,
     "thumbnail_size": (400, 280),

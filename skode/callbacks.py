@@ -124,7 +124,7 @@ class ValidationMonitor(ScoringMonitor):
         Rows to validate on. Without them ``validation`` is the estimator's own last validation score, in the
         estimator's own measure (see its ``validation_scores_``), NaN if nothing was held out.
     scoring : str or callable, optional
-        A scorer with a single value, see scikit-learn's :ref:`scoring_parameter`; the estimator's ``score`` by default.
+        A scorer with a single value, as ``check_scoring`` of scikit-learn takes it; by default the ``score`` method.
 
     Examples
     --------

@@ -247,7 +247,7 @@ class FlowQueries(DensityExport):
 
         Returns
         -------
-        array of shape (n_samples, m, n_features_in_), and one of shape (n_samples, m) on request
+        array of shape ``(n_samples, m, n_features_in_)``, and one of shape (n_samples, m) on request
             In the units of X. Discrete columns are not rounded.
 
         Raises
