@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skode.exceptions import DivergenceError, SolverError
+from skode.exceptions import DivergenceError, SolverError, warn
 from skode.fields import FlowField, PlanarField, draw_probe
 from skode.fields.trace import knows_trace
 from skode.models.flow import ContinuousFlow, TrainingPass
@@ -376,7 +375,7 @@ def train_flow(runs: list[FlowTraining], watcher: Watcher | None = None) -> Flow
         going = [run for run in going if run is best or run.promised > best.best]
         stopped = watcher is not None and watcher.end(best.epoch, best.at_best)
     if best.failure is not None:
-        warnings.warn(f"training by likelihood ended early: {best.failure}", stacklevel=2)
+        warn(f"training by likelihood ended early: {best.failure}")
     best.restore_best()
     return best
 
