@@ -74,7 +74,7 @@ class LatentOptions:
 class LatentHistory:
     """Mean losses between the checks, held-out log-densities an observation, and the update whose weights stay.
 
-    ``stopped``: a watcher ended training.
+    ``stopped``: a watcher or the user ended training.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -175,6 +175,7 @@ def train_latent(
         run.rounds(watcher)
     except KeyboardInterrupt:
         warn("Training interrupted by user.")
+        run.history.stopped = True
     run.finish()
     return run.history
 
