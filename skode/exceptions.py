@@ -6,6 +6,8 @@ Bad input to an estimator meets scikit-learn's own errors first; what is left is
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 
 from sklearn.exceptions import ConvergenceWarning
@@ -20,6 +22,9 @@ __all__ = [
     "SolverError",
     "StoredModelError",
 ]
+
+# Packages whose lines a warning does not point at: they stand between the user's and where it is found.
+BETWEEN = {"joblib", "skode", "sklearn", "torch"}
 
 
 class SkodeError(Exception):
@@ -151,3 +156,12 @@ class SolverError(SkodeError, RuntimeError):
 
     def __reduce__(self) -> tuple[type[SolverError], tuple[str, tuple[int, ...]]]:
         return type(self), (str(self), self.rows)
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn of the line outside of this package, and of those through which it is called, that led here."""
+    level = 2
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

@@ -401,8 +401,8 @@ class BaseODENet(DocumentationLink, CallbackSupportMixin, NetExport, ArrayNamesp
             self.n_iter_ += history.n_iter
             self.loss_curve_ = [*self.loss_curve_, *history.loss_curve]
             self.n_evals_curve_ = [*self.n_evals_curve_, *history.n_evals_curve]
-        if self.loss_curve_:
-            self.loss_, self.best_loss_ = self.loss_curve_[-1], min(self.loss_curve_)
+        self.loss_ = self.loss_curve_[-1] if self.loss_curve_ else None
+        self.best_loss_ = min(self.loss_curve_, default=None)
         self.n_evals_ = history.n_evals
 
     # --- predictions ---

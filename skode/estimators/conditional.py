@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from numbers import Integral
@@ -25,6 +24,7 @@ from skode.estimators.fit_tasks import FitTask, Rounds
 from skode.estimators.fitted_flow import Array, FittedFlow, in_blocks, refuse_nan
 from skode.estimators.flow_base import BaseFlow, Fitted, distinct
 from skode.estimators.location import FoldedRegressor, Location, quantiles_of_mean
+from skode.exceptions import warn
 from skode.runtime import as_array, key_uniforms, row_keys, seed_sequence, torch_generator
 
 FEW_POINTS = 16  # of a single target's, whose log-densities are averaged
@@ -238,7 +238,7 @@ class ContinuousFlowRegressor(RegressorMixin, ConditionalExport):
         if fresh:
             self.columns_ = Columns.fit(Y, weight, self.discrete)
             for message in self.columns_.messages("y"):
-                warnings.warn(message, UserWarning, stacklevel=5)
+                warn(message)
         Z = self.columns_.standardise(self.columns_.dequantise(Y, seed, content=content))
         mean = FoldedRegressor.of(self.device, self.dtype_, int(seeds[1].generate_state(1)[0]))
         before = None if fresh else self._location

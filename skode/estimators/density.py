@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
@@ -29,7 +28,7 @@ from skode.estimators.fitted_flow import SCORE_ERROR, Array, FittedFlow
 from skode.estimators.flow_base import BaseFlow, Fitted, distinct
 from skode.estimators.flow_queries import FlowQueries
 from skode.estimators.mixtures import choose, fit_mixture
-from skode.exceptions import ConvergenceWarning
+from skode.exceptions import ConvergenceWarning, warn
 from skode.models import Base
 from skode.models.flow import ContinuousFlow
 from skode.runtime import as_array, row_keys, seed_sequence, torch_generator
@@ -295,7 +294,7 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
         if fresh:
             self.columns_ = Columns.fit(X, weight, self.discrete, getattr(self, "feature_names_in_", None))
             for message in self.columns_.messages():
-                warnings.warn(message, UserWarning, stacklevel=5)
+                warn(message)
         self._n_features_out = self.columns_.n_kept
         earlier = self._earlier() if not fresh else [None] * int(self.n_members)
         fits = [
@@ -309,11 +308,10 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
 
         self._fit_members(task, fits, keep)
         if self.score_error_ > SCORE_ERROR:
-            warnings.warn(
+            warn(
                 f"log-densities of the training rows are exact to {self.score_error_:.2g} nats only; raise "
                 "error_penalty, which keeps the flow easy to solve.",
                 ConvergenceWarning,
-                stacklevel=5,
             )
         task.end_fit()
 

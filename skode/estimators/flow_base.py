@@ -286,7 +286,9 @@ class BaseFlow(DocumentationLink, CallbackSupportMixin, Stored, ArrayNamespaces)
         for fit in fits:
             member = task if self.n_members == 1 else task.subtask("member", self._n_rounds)
             done.append(fit(member.rounds("round", lambda fitted, found: keep(fitted, [*done, found]))))
-            if member is not task and member.end(lambda fitted: keep(fitted, done)):
+            stopped = member is not task and member.end(lambda fitted: keep(fitted, done))
+            run = done[-1][1]
+            if stopped or (run is not None and run.interrupted):
                 break
         keep(self, done)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
@@ -25,7 +24,7 @@ from skode.estimators.fitted_flow import (
     in_blocks,
     refuse_nan,
 )
-from skode.exceptions import ConvergenceWarning
+from skode.exceptions import ConvergenceWarning, warn
 from skode.models import SolverOptions
 from skode.models.flow import ContinuousFlow
 from skode.runtime import as_array, seed_sequence, torch_generator
@@ -147,11 +146,10 @@ class FlowQueries(DensityExport):
         standardised = (values - columns.mean[b]) / columns.scale[b]
         found = conditioned(samples, self._standardised_scores, b, standardised, n, rng)
         if found.effective_size < n:
-            warnings.warn(
+            warn(
                 f"the candidates under these conditions are worth {found.effective_size:.0f} independent rows, fewer "
                 f"than n_samples={n}: some come more than once. The conditions may be unlikely.",
                 ConvergenceWarning,
-                stacklevel=4,
             )
         return columns.restore(found.Z), found.log_marginal - float(np.log(columns.scale[b]).sum())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from skode.estimators.containers import Columns, Container, is_frames, read_seri
 from skode.estimators.fitted_latent import FittedLatent, Forecaster
 from skode.estimators.namespaces import ArrayNamespaces
 from skode.estimators.stored import Stored
+from skode.exceptions import warn
 from skode.models import FAMILIES, SolverOptions
 from skode.panel import Panel
 from skode.panel.checks import shown
@@ -100,11 +100,9 @@ class LatentInputs(DocumentationLink, Stored, ArrayNamespaces):
             if not panel.columns and not self.point_process:
                 raise ValueError("X has no channels; bare events need point_process=True.")
             for position in np.flatnonzero(~seen):
-                warnings.warn(
+                warn(
                     f"channel {panel.columns[position]!r} is never observed in the {len(panel)} series of the fit; it "
                     "is left out, and predicted as NaN.",
-                    UserWarning,
-                    stacklevel=6,
                 )
         return self._known_channels(panel)
 

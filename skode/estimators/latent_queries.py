@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any
@@ -22,7 +21,7 @@ from skode.estimators.export_series import SeriesExport
 from skode.estimators.fitted_latent import Array, Forecaster
 from skode.estimators.latent_inputs import series_keys
 from skode.estimators.series_scaling import LONGEST
-from skode.exceptions import SolverError
+from skode.exceptions import SolverError, warn
 from skode.models import Series
 from skode.models.trajectories import log_bound, path_counts, prior_eta
 from skode.panel import Panel
@@ -368,11 +367,9 @@ class LatentQueries(ClassNamePrefixFeaturesOutMixin, TransformerMixin, SeriesExp
         known = np.isin(series_keys(panel, 0), self._fitted.training_keys)
         if known.any():
             name = shown(panel.ids[int(np.flatnonzero(known)[0])])
-            warnings.warn(
+            warn(
                 f"{int(known.sum())} of the {len(panel)} series that are scored were in the training (first: "
                 f"{name}); their score is too good. Split by series.",
-                UserWarning,
-                stacklevel=3,
             )
         if not panel.columns:
             return float(self.score_samples(X).sum() / max(len(panel.times), 1))

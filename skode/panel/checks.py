@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numbers
-import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+
+from skode.exceptions import warn
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,9 @@ def tell_unsorted(codes: NDArray[np.int64], stamps: NDArray[Any], values: NDArra
     rows = observed[np.argsort(codes[observed], kind="stable")]
     late = rows[1:][(codes[rows[1:]] == codes[rows[:-1]]) & (stamps[rows[1:]] < stamps[rows[:-1]])]
     if late.size:
-        warnings.warn(
+        warn(
             f"the times of {np.unique(codes[late]).size} series are not ascending (first: {at(int(late.min()))}). They "
             "are sorted inside; results keep the order of your rows.",
-            UserWarning,
-            stacklevel=5,
         )
 
 

@@ -9,13 +9,12 @@ Symbols: y and z are the states, ``gy`` and ``gz`` their cotangents; a *turn* is
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from skode.exceptions import ConvergenceWarning
+from skode.exceptions import ConvergenceWarning, warn
 from skode.solver.coupled import CoupledStepper, Landed, Pair, at_outputs, require_outputs, restarting
 from skode.solver.coupled_map import coupled_map
 from skode.solver.discrete import Outputs, Sweep, TimeGradients, grouped, slopes_at_start
@@ -144,12 +143,11 @@ def _warn_of_deviation(deviation: Tensor) -> None:
     missed = ~(deviation <= DEVIATION)
     if bool(missed.any()):
         row = int(deviation.nan_to_num(nan=math.inf, posinf=math.inf).argmax())
-        warnings.warn(
+        warn(
             f"gradient='reversible' missed y0 going back in {int(missed.sum())} of {len(missed)} rows, by "
             f"{float(deviation[row]):.0e} of the states' size in row {row}: the gradient is wrong by about as much. "
             f"{_ADVICE}",
             ConvergenceWarning,
-            stacklevel=2,
         )
 
 
@@ -168,11 +166,10 @@ def _warn_of_parting(problem: Problem, stepper: CoupledStepper, pair: Pair, stat
     parted = (stats.status == 0) & (gap > limit)
     if bool(parted.any()):
         row = int(torch.where(parted, gap, 0.0).argmax())
-        warnings.warn(
+        warn(
             f"the two states of gradient='reversible' ended apart in {int(parted.sum())} of {len(parted)} rows, by "
             f"{float(gap[row]):.0e} {of} in row {row}, and the solution is wrong by up to as much. {_ADVICE}",
             ConvergenceWarning,
-            stacklevel=2,
         )
 
 

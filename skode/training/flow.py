@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skode.exceptions import DivergenceError, SolverError
+from skode.exceptions import DivergenceError, SolverError, warn
 from skode.fields import FlowField, PlanarField, draw_probe
 from skode.fields.trace import knows_trace
 from skode.models.flow import ContinuousFlow, TrainingPass
@@ -147,6 +146,7 @@ class FlowTraining:
         self.n_updates = 0
         self._done, self._without, self._promised = 0, 0, math.inf
         self.failure: SolverError | None = None
+        self.interrupted = False
         self.best, self._best_weights = -math.inf, [p.detach().clone() for p in self.parameters]
 
     # --- phases ---
@@ -359,6 +359,20 @@ def train_flow(runs: list[FlowTraining], watcher: Watcher | None = None) -> Flow
 
     A watcher sees a round of flow matching, then rounds of likelihood from check to check: the leader's numbers.
     """
+    try:
+        _train(runs, watcher)
+    except KeyboardInterrupt:
+        warn("Training interrupted by user.")
+        for run in runs:
+            run.interrupted = True
+    best = _leader(runs)
+    if best.failure is not None:
+        warn(f"training by likelihood ended early: {best.failure}")
+    best.restore_best()
+    return best
+
+
+def _train(runs: list[FlowTraining], watcher: Watcher | None) -> None:
     if watcher is not None:
         watcher.begin()
     for run in runs:
@@ -375,10 +389,6 @@ def train_flow(runs: list[FlowTraining], watcher: Watcher | None = None) -> Flow
         best = _leader(runs)
         going = [run for run in going if run is best or run.promised > best.best]
         stopped = watcher is not None and watcher.end(best.epoch, best.at_best)
-    if best.failure is not None:
-        warnings.warn(f"training by likelihood ended early: {best.failure}", stacklevel=2)
-    best.restore_best()
-    return best
 
 
 def _leader(runs: list[FlowTraining]) -> FlowTraining:

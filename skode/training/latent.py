@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skode.exceptions import DivergenceError, SolverError
+from skode.exceptions import DivergenceError, SolverError, warn
 from skode.models import LatentODE, Rows, Series
 from skode.training.loop import Epoch, Watcher
 from skode.training.windows import Batch, HeldOut, Panel, draw_batch, held_out_tasks, observed, split_parts
@@ -75,7 +74,7 @@ class LatentOptions:
 class LatentHistory:
     """Mean losses between the checks, held-out log-densities an observation, and the update whose weights stay.
 
-    ``stopped``: a watcher ended training.
+    ``stopped``: a watcher or the user ended training.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -175,7 +174,8 @@ def train_latent(
     try:
         run.rounds(watcher)
     except KeyboardInterrupt:
-        warnings.warn("Training interrupted by user.", stacklevel=2)
+        warn("Training interrupted by user.")
+        run.history.stopped = True
     run.finish()
     return run.history
 

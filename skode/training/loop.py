@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -16,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from skode.exceptions import ConvergenceWarning, DivergenceError, SolverError
+from skode.exceptions import ConvergenceWarning, DivergenceError, SolverError, warn
 from skode.models import ODENet, SolverOptions
 from skode.runtime import to_numpy
 from skode.training.data import Batch, TrainingRows
@@ -140,7 +139,7 @@ def train(
     except KeyboardInterrupt:
         if rows.peers.size > 1:
             raise  # the others would wait
-        warnings.warn("Training interrupted by user.", stacklevel=2)
+        warn("Training interrupted by user.")
     if run.validation is not None:
         run.validation.restore_best()
     run.history.moments = run.optimizer.moments()
@@ -283,11 +282,10 @@ class _Run:
         if not self.options.decay or settled:
             return
         if len(curve) == 1 or curve[-1 - window] - curve[-1] > window * self.options.tol:
-            warnings.warn(
+            warn(
                 f"Maximum iterations (max_iter={self.options.max_iter}) reached and the loss still falls "
                 f"(now {curve[-1]:.4g}); raise max_iter.",
                 ConvergenceWarning,
-                stacklevel=2,
             )
 
 
