@@ -82,7 +82,7 @@ class NetExport(Stored):
         >>> from sklearn.datasets import load_iris
         >>> from skode import ODENetClassifier
         >>> X, y = load_iris(return_X_y=True)
-        >>> module = ODENetClassifier(max_iter=5, random_state=0).fit(X, y).to_torch()
+        >>> module = ODENetClassifier(max_iter=20, tol=0.01, random_state=0).fit(X, y).to_torch()
         >>> module(torch.tensor(X[:4])).shape
         torch.Size([4, 3])
         """

@@ -26,7 +26,7 @@ UNITS = (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
 
 def write_html(store: Store) -> str:
     """Facts, the picture of the first channels and series, and a table of the first series."""
-    parts = [_facts(store), _picture(store), write_summary(store).to_html(border=0, float_format="{:g}".format)]
+    parts = [_facts(store), _picture(store), write_summary(store).to_html(border=0)]
     return f'<div class="skode-panel">{"".join(parts)}</div>'
 
 

@@ -94,7 +94,11 @@ def write_summary(store: Store, n_shown: int = 6) -> Any:
 
 
 def _span(store: Store, start: int, stop: int) -> list[str]:
-    return [str(time) for time in store.clock.show(store.stamps[[start, stop - 1]])] if stop > start else ["-", "-"]
+    if stop == start:
+        return ["-", "-"]
+    # Ten digits tell seconds since 1970 apart and leave out what is rounding.
+    shown = store.clock.show(store.stamps[[start, stop - 1]])
+    return [f"{time:.10g}" if isinstance(time, float) else str(time) for time in shown]
 
 
 def _share(values: NDArray[np.float64]) -> str:

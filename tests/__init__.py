@@ -1,0 +1,1 @@
+"""A package, so that a distribution that installs a package "tests" of its own does not take its place."""
