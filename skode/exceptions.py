@@ -25,6 +25,7 @@ __all__ = [
 
 # Packages whose lines a warning does not point at: they stand between the user's and where it is found.
 BETWEEN = {"joblib", "skode", "sklearn", "torch"}
+WORKERS = {"concurrent", "multiprocessing", "threading"}  # behind these there is no line of the user's
 
 
 class SkodeError(Exception):
@@ -159,9 +160,11 @@ class SolverError(SkodeError, RuntimeError):
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn of the line outside of this package, and of those through which it is called, that led here."""
-    level = 2
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in BETWEEN:
+    """Warn of the line outside of this package, and of those through which it is called, that led here.
+
+    In a worker that a search has started, where there is none, of the caller's own.
+    """
+    frame, level = sys._getframe(1), 2
+    while (package := frame.f_globals.get("__name__", "").partition(".")[0]) in BETWEEN and frame.f_back is not None:
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, category, stacklevel=level)
+    warnings.warn(message, category, stacklevel=2 if package in WORKERS else level)

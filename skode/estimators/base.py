@@ -205,10 +205,10 @@ class BaseODENet(DocumentationLink, CallbackSupportMixin, NetExport, ArrayNamesp
         return self
 
     def _partial_fit(self, X: Any, y: Any, sample_weight: Any) -> Self:
+        """See the estimators' ``partial_fit``, which put all back if it fails."""
         if self.early_stopping is True:
             raise ValueError("partial_fit does not support early_stopping=True; set early_stopping=False or 'auto'.")
-        with unchanged_on_failure(self):
-            self._fit(X, y, sample_weight, fresh=not hasattr(self, "_net"), incremental=True)
+        self._fit(X, y, sample_weight, fresh=not hasattr(self, "_net"), incremental=True)
         return self
 
     def _fit(self, X: Any, y: Any, sample_weight: Any, *, fresh: bool, incremental: bool) -> None:

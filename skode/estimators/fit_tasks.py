@@ -9,6 +9,7 @@ from typing import Any
 
 from sklearn.base import BaseEstimator
 
+from skode.runtime import ALONE, together
 from skode.training import Epoch, Watcher
 
 # Sets the fitted attributes of an estimator, the first argument, as if the fit had ended with the second.
@@ -69,11 +70,12 @@ class FitTask:
             return dict(vars(fitted))
 
         lazily = None if keep is None else attributes
-        return bool(
-            self._context.call_on_fit_task_end(
-                estimator=self._estimator, reconstruction_attributes=lazily, **self._given
+        with together(ALONE):  # other processes of a data-parallel fit may have no callbacks, or others
+            return bool(
+                self._context.call_on_fit_task_end(
+                    estimator=self._estimator, reconstruction_attributes=lazily, **self._given
+                )
             )
-        )
 
     def end_fit(self) -> None:
         """Of the whole fit: the estimator is fitted."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from torch import Tensor
 
@@ -34,6 +35,8 @@ GRADIENT_TOLERANCE = 1e-6
 
 class FlowQueries(DensityExport):
     """Samples, conditions, gradients, and places in the base, of flows that were fitted to a table's columns."""
+
+    __metadata_request__inverse_transform: ClassVar = {"Z": UNUSED}  # the rows, nothing to be routed
 
     n_features_in_: int
     # The range of the training rows' log-densities, if their first solves were exact enough.

@@ -186,11 +186,6 @@ def ragged_rows(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return offsets, torch.arange(total, device=starts.device) + shift
 
 
-def segment_max(values: Tensor, index: Tensor, n: int) -> Tensor:
-    """The largest of the values (N,) of each of n segments, and of 0."""
-    return values.new_zeros(n).scatter_reduce(0, index, values, "amax")
-
-
 class Group:
     """Some series of nearly one length, padded.
 

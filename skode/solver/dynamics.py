@@ -21,15 +21,6 @@ from skode.solver.saved import saved_bytes
 Weight = Tensor | float
 
 
-class Tape(Protocol):
-    """What one evaluation must remember for its derivatives."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held besides the state itself."""
-        ...
-
-
 @runtime_checkable
 class Dynamics(Protocol):
     """A vector field with its derivatives.

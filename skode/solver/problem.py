@@ -161,9 +161,4 @@ def landings(jump_times: Any, step_times: Any, y0: Tensor, dtype: torch.dtype) -
     return Landings(torch.cat(parts, dim=1), torch.tensor(jumps, device=y0.device))
 
 
-def shared_columns(landings: Landings | None) -> bool:
-    """Whether all rows land at the same times."""
-    return landings is None or landings.t.stride(0) == 0 or bool((landings.t == landings.t[:1]).all())
-
-
-__all__: Sequence[str] = ("Landings", "Problem", "landings", "shared_columns")
+__all__: Sequence[str] = ("Landings", "Problem", "landings")

@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from skode import ContinuousFlowDensity, ContinuousFlowRegressor, LatentODERegressor, ODENetClassifier, ODENetRegressor
 from skode.callbacks import EvaluationRecorder, TrajectoryRecorder, ValidationMonitor
 from skode.exceptions import DivergenceError, SolverError
+from skode.runtime import Peers, together
 from tests.estimators.series import SMALL, panel_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Maximum iterations")
@@ -332,3 +333,35 @@ def test_estimators_without_trajectories_and_steps_of_none_are_refused():
         ContinuousFlowDensity().set_callbacks(TrajectoryRecorder(X, [0.0])).fit(X)
     with pytest.raises(ValueError, match="every=0"):
         TrajectoryRecorder(X, [0.0], every=0)
+
+
+class Counting(Peers):
+    """A process alone that keeps what it would tell others."""
+
+    def __init__(self):
+        self.told = []
+
+    def gather(self, value):
+        self.told.append("gather")
+        return [value]
+
+    def share(self, value, source=0):
+        self.told.append("share")
+        return value
+
+    def add_up(self, number):
+        self.told.append("add_up")
+        return number
+
+    def total(self, tensors):
+        self.told.append("total")
+        return list(tensors)
+
+
+def test_callbacks_of_one_process_do_not_make_it_say_more_than_the_others():
+    told = []
+    for callbacks in ([], [ValidationMonitor(), EvaluationRecorder()]):
+        with together(peers := Counting()):
+            ODENetClassifier(max_iter=2, n_members=1, tol=1.0, random_state=0).set_callbacks(*callbacks).fit(X, LABELS)
+        told.append(peers.told)
+    assert told[0] == told[1] and told[0]

@@ -106,3 +106,7 @@ def test_a_series_splitter_asks_for_no_groups_while_weights_go_by():
     assert [list(test) for test in found["indices"]["test"]] == expected
     with pytest.raises(TypeError, match="groups"):
         cross_validate(net, frame, Y, cv=splitter, params=weights | {"groups": frame.index})
+
+
+def test_the_rows_of_inverse_transform_are_no_metadata():
+    assert not hasattr(ContinuousFlowDensity(), "set_inverse_transform_request")

@@ -2,9 +2,11 @@
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+from joblib import parallel_backend
 from sklearn.datasets import load_iris
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -52,3 +54,10 @@ def test_a_warning_points_at_the_users_line(call: Callable[[], object]) -> None:
         call()
     assert caught
     assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_in_a_searchs_thread_a_warning_points_at_where_it_is_found() -> None:
+    with warnings.catch_warnings(record=True) as caught, parallel_backend("threading"):
+        warnings.simplefilter("always")
+        cross_val_score(ODENetClassifier(**SHORT), X, Y, cv=2, n_jobs=2, error_score="raise")
+    assert {Path(warning.filename).name for warning in caught} <= {Path(__file__).name, "loop.py"}
