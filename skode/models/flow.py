@@ -84,7 +84,8 @@ class ContinuousFlow(nn.Module):
     ) -> Densities:
         """Log-densities of ``x (n, d)``, from the data back to the base; in training by one step for all rows."""
         if training is None and self._stands_still():
-            return Densities(self.base.log_density(x), None, None, x, 0.0, 1.0)
+            log_density, z = self._where_it_stands(x)
+            return Densities(log_density, None, None, z, 0.0, 1.0)
         solution = self.solution(x, [1.0, 0.0], options, training=training, context=context)
         z, integrals = solution.y1, solution.quadratures
         assert integrals is not None
@@ -105,7 +106,8 @@ class ContinuousFlow(nn.Module):
     def drawn(self, z: Tensor, options: SolverOptions, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The data (n, d) of points ``z`` of the base, and their log-densities (n,)."""
         if self._stands_still():
-            return z, self.base.log_density(z)
+            log_density, x = self._where_it_stands(z)
+            return x, log_density
         solution = self.solution(z, [0.0, 1.0], options, context=context)
         assert solution.quadratures is not None
         return solution.y1, self.base.log_density(z) - solution.quadratures[:, -1, 0]
@@ -113,6 +115,11 @@ class ContinuousFlow(nn.Module):
     def _stands_still(self) -> bool:
         """Whether the field is 0 everywhere, as where a mixture was kept as it is: there is nothing to solve."""
         return not torch.is_grad_enabled() and isinstance(self.field, FlowField) and self.field.is_zero()
+
+    def _where_it_stands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-densities of points that stay, and they; NaN for those beyond the numbers, which no solve would reach."""
+        x = torch.where(x.isfinite().all(dim=1, keepdim=True), x, torch.nan)
+        return self.base.log_density(x), x
 
     def solution(
         self,

@@ -329,8 +329,8 @@ def test_evaluations_and_losses_of_all_epochs_are_recorded():
 
 
 def test_estimators_without_trajectories_and_steps_of_none_are_refused():
-    with pytest.raises(TypeError, match="ContinuousFlowDensity has no trajectories"):
-        ContinuousFlowDensity().set_callbacks(TrajectoryRecorder(X, [0.0])).fit(X)
+    with pytest.raises(TypeError, match="ContinuousFlowRegressor has no trajectories"):
+        ContinuousFlowRegressor().set_callbacks(TrajectoryRecorder(X, [0.0])).fit(X, X[:, 0])
     with pytest.raises(ValueError, match="every=0"):
         TrajectoryRecorder(X, [0.0], every=0)
 

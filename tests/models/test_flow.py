@@ -27,7 +27,16 @@ def test_a_flow_that_stands_still_is_its_base_and_needs_no_solve() -> None:
     assert solved.n_evals > 0 and at_once.n_evals == 0
     torch.testing.assert_close(at_once.log_density, solved.log_density.detach(), rtol=0, atol=1e-13)
     torch.testing.assert_close(log_density, at_once.log_density, rtol=0, atol=0)
-    assert drawn is points and at_once.z is points
+    assert torch.equal(drawn, points) and torch.equal(at_once.z, points)
+
+
+def test_a_flow_that_stands_still_has_no_place_for_points_beyond_the_numbers() -> None:
+    flow, points = make_flow(zero_output=True)
+    points[1, 0] = torch.inf
+    with torch.no_grad():
+        found = flow.densities(points, SOLVER)
+    assert found.log_density.isnan().tolist() == [False, True, *[False] * 4]
+    assert found.z.isnan().any(dim=1).tolist() == [False, True, *[False] * 4]
 
 
 @pytest.mark.parametrize("parameter", ["weight", "bias", "drift"])
