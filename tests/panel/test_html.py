@@ -81,7 +81,7 @@ def test_seconds_of_datetimes_are_told_in_a_larger_unit():
 @pytest.mark.parametrize(
     ("panel", "said"),
     [
-        (Panel.from_dense([[3.0]], times=[1.0]), "1.0"),
+        (Panel.from_dense([[3.0]], times=[1.0]), "1 to 1 (numbers)"),
         (Panel.from_dense([[np.nan, np.nan]]), "nothing observed"),
         (Panel.from_dense([[1.0, 2.0]]).before(-1), "rows"),
         (Panel.from_dense([[1.0, 2.0]])[[]], "series"),
