@@ -55,9 +55,9 @@ class EvaluationRecorder(ScoringMonitor):
 class TrajectoryRecorder(ScoringMonitor):
     """Records paths of some rows in the course of training.
 
-    Of ODENetClassifier and ODENetRegressor it is the hidden state's path, ``trajectory(X, t)``; of LatentODERegressor
-    ``predict(X, times=t)``. The model is the one that ``fit`` would give if it ended with that epoch: with early
-    stopping, the best so far.
+    Of ODENetClassifier and ODENetRegressor it is the hidden state's path, ``trajectory(X, t)``; of
+    ContinuousFlowDensity the rows' way from the base; of LatentODERegressor ``predict(X, times=t)``. The model is the
+    one that ``fit`` would give if it ended with that epoch: with early stopping, the best so far.
 
     ``get_logs().data`` is a list of dictionaries, one for each recorded epoch, with ``epoch`` and ``trajectory``, an
     array of shape (n_rows, len(t), n_dims), besides what ``ScoringMonitor`` has.
@@ -100,7 +100,7 @@ class TrajectoryRecorder(ScoringMonitor):
         if not hasattr(estimator, "trajectory") and "times" not in signature(estimator.predict).parameters:
             raise TypeError(
                 f"{type(estimator).__name__} has no trajectories to record: it has neither trajectory(X, t) nor "
-                "predict(X, times=t). ODENetClassifier, ODENetRegressor and LatentODERegressor do."
+                "predict(X, times=t). All estimators but ContinuousFlowRegressor do."
             )
         super().setup(estimator, context)
 

@@ -328,9 +328,16 @@ def test_evaluations_and_losses_of_all_epochs_are_recorded():
     assert (records["seconds"].diff().dropna() > 0).all()
 
 
+def test_the_way_of_a_densitys_rows_is_recorded():
+    recorder = TrajectoryRecorder(X[:3], [0.0, 1.0])
+    ContinuousFlowDensity(**FLOW).set_callbacks(recorder).fit(X)
+    path = recorder.get_logs().data[-1]["trajectory"]
+    np.testing.assert_allclose(path[:, -1], X[:3])
+
+
 def test_estimators_without_trajectories_and_steps_of_none_are_refused():
     with pytest.raises(TypeError, match="ContinuousFlowRegressor has no trajectories"):
-        ContinuousFlowRegressor().set_callbacks(TrajectoryRecorder(X, [0.0])).fit(X, X[:, 0])
+        ContinuousFlowRegressor().set_callbacks(TrajectoryRecorder(X, [0.0])).fit(X, Y)
     with pytest.raises(ValueError, match="every=0"):
         TrajectoryRecorder(X, [0.0], every=0)
 
