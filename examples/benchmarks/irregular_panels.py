@@ -58,8 +58,10 @@ def latent_ode(origin: object = 0.0, **arguments: Any) -> Callable[[Sample, int]
         model = LatentODERegressor(random_state=seed, **arguments).fit(train.panel(origin))
 
         def predict(given: Sample) -> Predicted:
-            mean, std = model.predict(given.panel(origin), return_std=True)
-            return Predicted(mean.values, std.values)
+            panel = given.panel(origin)
+            mean, std = model.predict(panel, return_std=True)
+            bands = model.predict(panel, quantiles=QUANTILES).values.reshape(*mean.values.shape, len(QUANTILES))
+            return Predicted(mean.values, std.values, bands)
 
         return predict
 

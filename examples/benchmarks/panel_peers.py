@@ -26,14 +26,14 @@ QUANTILES = np.array([0.025, 0.1, 0.25, 0.75, 0.9, 0.975])
 
 @dataclass(frozen=True, eq=False)
 class Predicted:
-    """Means (N, C); standard deviations (N, C) of a normal or quantiles (N, C, 6), where there are any."""
+    """Means (N, C); standard deviations (N, C) and quantiles (N, C, 6), a normal's if they are not given."""
 
     mean: np.ndarray
     std: np.ndarray | None = None
     quantiles: np.ndarray | None = None
 
     def bands(self) -> np.ndarray | None:
-        if self.std is None:
+        if self.quantiles is not None or self.std is None:
             return self.quantiles
         return self.mean[:, :, None] + self.std[:, :, None] * norm.ppf(QUANTILES)
 
