@@ -58,11 +58,15 @@ def accepted_ends(solution: Solution) -> list[list[float]]:
 def solved_slope(field: Field, t: Tensor, base: Tensor, weight: Tensor) -> Tensor:
     """F = f(t, base + weight F): solved without a graph, then one step of Newton's method that has the right one."""
     with torch.no_grad():
-        J = torch.autograd.functional.jacobian(lambda y: field(t, y), base)[0, :, 0]
-        eye, F = torch.eye(len(J), dtype=base.dtype), field(t, base)
+        eye, F = torch.eye(base.shape[1], dtype=base.dtype), field(t, base)
         for _ in range(20):
             J = torch.autograd.functional.jacobian(lambda y: field(t, y), base + weight * F)[0, :, 0]
-            F = F + torch.linalg.solve(eye - weight * J, (field(t, base + weight * F) - F)[0])
+            change = torch.linalg.solve(eye - weight * J, (field(t, base + weight * F) - F)[0])
+            F = F + change
+            if change.abs().max() <= 1e-12 * (1 + F.abs().max()):
+                break
+        else:
+            raise AssertionError("Newton's method found no stage.")
     return F + torch.linalg.solve((eye - weight * J).detach(), (field(t, base + weight * F) - F)[0])
 
 
