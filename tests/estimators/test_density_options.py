@@ -63,9 +63,9 @@ class Explosion(nn.Module):
 
 def integral(density):
     """Over the plane of the moons."""
-    x, y = np.meshgrid(np.linspace(-4, 5, 181), np.linspace(-4, 4, 161))
+    x, y = np.meshgrid(np.linspace(-4, 5, 91), np.linspace(-4, 4, 81))
     grid = np.column_stack([x.ravel(), y.ravel()])
-    return np.exp(density.score_samples(grid)).sum() * 0.05 * 0.05
+    return np.exp(density.score_samples(grid)).sum() * 0.1 * 0.1
 
 
 # --- users' own fields ---
