@@ -22,6 +22,7 @@ SURE_OF_NOISE = 0.2
 # Logarithm of the errors' degrees of freedom above 2: new series differ more than parts of the series of the training,
 # on which few observations say little.
 GUESSED_TAIL, SURE_OF_TAIL = 1.1, 0.4
+WIDER_AHEAD = 1.2  # for one value ahead, and less by the root of their number: new series go further astray
 TAILS = torch.linspace(-1.0, 9.0, 201, dtype=torch.float64)
 N_STEPS = 200
 
@@ -132,9 +133,9 @@ def _fitted(
         gradients = torch.autograd.grad(loss, [spreads, noise])
         spreads.grad, noise.grad = gradients
         optimizer.step()
-    inside, later = (
-        Spread(float(own[0].exp()), float(own[1].exp()), max(float(own[2]), 0.0)) for own in spreads.detach()
-    )
+    spreads = spreads.detach()
+    spreads[1, :2] += math.log1p(WIDER_AHEAD / max(int(mask[ahead].sum()), 1) ** 0.5)
+    inside, later = (Spread(float(own[0].exp()), float(own[1].exp()), max(float(own[2]), 0.0)) for own in spreads)
     factors = tuple(noise.detach().exp().tolist())
     normal = [i for i, family in enumerate(model.config.families) if family == "gaussian"]
     with torch.no_grad():
