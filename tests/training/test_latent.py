@@ -18,7 +18,7 @@ from skode.models.predictive import Calibration, Predictive
 from skode.models.series import offsets_of
 from skode.models.trajectories import Prior, fit_prior, log_bound, posterior_eta, prior_eta
 from skode.training import LatentData, LatentHistory, LatentOptions, train_latent
-from skode.training.calibration import _degrees, calibrate, choose_stride, distances
+from skode.training.calibration import _degrees, _held_out_outlook, calibrate, choose_stride, distances
 from skode.training.windows import Panel, draw_batch, held_out_tasks
 from tests.models.test_latent_series import panel, piece
 
@@ -92,6 +92,19 @@ def test_few_errors_hardly_move_the_guessed_degrees_of_freedom() -> None:
     few = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert 4.5 < _degrees(few) < 6.5
     assert np.isinf(_degrees(few[:0]))
+
+
+def test_errors_ahead_are_wider_by_the_root_of_how_few_values_tell_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data, _ = fitted()
+    tasks, options = data.held_out, ForecastOptions(SOLVER, 0.5)
+    ahead = [_held_out_outlook(model, task, options, only_ahead=True)[2].mask.sum() for task in tasks]
+    wider = calibrate(model, tasks, options)
+    monkeypatch.setattr("skode.training.calibration.WIDER_AHEAD", 0.0)
+    plain = calibrate(model, tasks, options)
+    assert wider.inside == plain.inside and wider.noise == plain.noise
+    ratio = 1 + 1.2 / float(sum(ahead)) ** 0.5
+    assert wider.ahead.factor / plain.ahead.factor == pytest.approx(ratio, rel=1e-9)
+    assert wider.ahead.growth / plain.ahead.growth == pytest.approx(ratio, rel=1e-9)
 
 
 def test_the_same_generator_gives_the_same_bits_and_the_global_one_stays() -> None:
