@@ -116,23 +116,6 @@ class LatentField(nn.Module):
         """
         return LatentDynamics(self, durations, inputs, intensity=intensity)
 
-    def plain(self, inputs: Inputs | None = None, *, intensity: bool = False) -> Callable[[float, Tensor], Tensor]:
-        """The derivative as a function in plain torch of a time that all rows share, and states; for one pass.
-
-        Arguments are as for :meth:`dynamics`. With ``intensity`` states have a last component more, the number of
-        events so far, whose derivative is the rate.
-        """
-        network, rate = self.network.plain(), self.intensity.plain() if intensity and self.intensity else None
-        matrix, reach, unit = self.matrix().mT, self.reach, self.rate_unit
-
-        def derivative(t: float, y: Tensor) -> Tensor:
-            z = y if rate is None else y[:, :-1]
-            seen = z if inputs is None else torch.cat([z, inputs(z.new_full((len(z), 1), t))], dim=1)
-            f = torch.addcmul(z @ matrix, reach, torch.tanh(network(seen)))
-            return f if rate is None else torch.cat([f, unit * softplus(rate(seen))], dim=1)
-
-        return derivative
-
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         """The derivative ``(n, d)`` without inputs."""
         return self.dynamics()(t, z)

@@ -6,14 +6,14 @@ Symbols: layer l maps ``x_l`` to ``W_l x_l + w_l t + b_l``, ``w_l`` being the la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from skode.exceptions import FieldError
-from skode.fields.activations import get_activation
+from skode.fields.activations import Activation, get_activation
 from skode.fields.mlp_kernel import MLPKernel
 from skode.solver.dynamics import OffersVjp, Weight
 from skode.solver.layout import ColumnLayout
@@ -127,6 +127,11 @@ class MLPField(OffersVjp, nn.Module):
             layer.draw(generator, first=i == 0)  # type: ignore[operator]
 
     @property
+    def activation(self) -> Activation:
+        """Between the layers."""
+        return self._activation
+
+    @property
     def any_rows(self) -> bool:
         """Whether rows may be copied to make more of them."""
         return self.n_members is None
@@ -139,26 +144,6 @@ class MLPField(OffersVjp, nn.Module):
             if i < last:
                 x = self._activation.forward(x)
         return x.reshape(y.shape[0], x.shape[-1])
-
-    def plain(self) -> Callable[[Tensor], Tensor]:
-        """The network as a function of rows alone, for one pass of many small calls: parameters are looked up once.
-
-        Raises
-        ------
-        ValueError
-            If it has members or reads the time.
-        """
-        if self.n_members is not None or self.time_dependent:
-            raise ValueError("only a network without members that does not read the time is a function of rows alone.")
-        layers: list[tuple[Tensor, Tensor]] = [(layer.bias, layer.weight.mT) for layer in self.layers]  # type: ignore[misc]
-        activation = self._activation.forward
-
-        def value(x: Tensor) -> Tensor:
-            for bias, weight in layers[:-1]:
-                x = activation(torch.addmm(bias, x, weight))
-            return torch.addmm(layers[-1][0], x, layers[-1][1])
-
-        return value
 
     def linearize(self, t: Tensor, y: Tensor) -> tuple[Tensor, _Tape]:
         """Value, and a tape for :meth:`pull`."""

@@ -140,38 +140,6 @@ def _late(t_next: Time, h: Time, late: float) -> Time:
     return t_next - late * h if isinstance(h, float) else torch.sub(t_next, h, alpha=late)
 
 
-def equal_steps(
-    field: Callable[[float, Tensor], Tensor], y0: Tensor, h: Tensor, n_steps: int, weights: Weights
-) -> tuple[Tensor, Tensor]:
-    """Steps of rows' own lengths, all rows at once: for few rows and steps, where the solver's own fixed cost rules.
-
-    Parameters
-    ----------
-    field : callable
-        ``field(share, y)``: the derivative in each row's own time, at the share of the way that all have gone, 0 to 1.
-    y0 : tensor of shape (n, d)
-    h : tensor of shape (n, 1)
-        Of either sign.
-    n_steps : int
-    weights : Weights
-
-    Returns
-    -------
-    states, derivatives : tensors of shape (n, n_steps + 1, d)
-        At the steps' ends.
-    """
-    y, states, derivatives = y0, [y0], []
-    for k in range(n_steps):
-        F = [field(k / n_steps, y)]
-        for late, row in zip(weights.late[1:], weights.a, strict=True):
-            F.append(field((k + 1 - late) / n_steps, _combined(y, h, F, row)))
-        y = _combined(y, h, F, weights.b)
-        states.append(y)
-        derivatives.append(F[0])
-    derivatives.append(field(1.0, y))
-    return torch.stack(states, dim=1), torch.stack(derivatives, dim=1)
-
-
 def _combined(y: Tensor, h: Time, F: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Y + h sum_i w_i F_i."""
     wanted = [(weight, f) for weight, f in zip(weights, F, strict=False) if weight]

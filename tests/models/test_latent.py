@@ -162,11 +162,11 @@ def test_an_anchored_model_says_at_first_that_all_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("counts", [False, True])
-def test_steps_in_plain_torch_are_the_solvers_own(counts: bool) -> None:
+def test_steps_in_one_node_are_the_solvers_own(counts: bool) -> None:
     own, start = model(point_process=counts), rows(3)
     durations = torch.tensor([[0.4], [-1.1], [2.0]], dtype=torch.float64)
     found = []
-    for steps in (own._unrolled, lambda *args, counts: own._solved(*args, "discrete", counts=counts)):
+    for steps in (own._stepped, lambda *args, counts: own._solved(*args, "discrete", counts=counts)):
         z = start.z.clone().requires_grad_()
         parts = [part for part in steps(z, durations, 5, None, counts=counts) if part is not None]
         gradients = torch.autograd.grad(
