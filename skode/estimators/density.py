@@ -124,7 +124,7 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
         that are best for them. "auto": with 40 distinct rows or more; with fewer the base alone is fitted.
     validation_fraction : float, default=0.15
         Held-out share of the weight.
-    n_iter_no_change : int, default=3
+    n_iter_no_change : int, default=2
         Checks, of the 8 in training by likelihood, without a rise after which training ends.
 
     Attributes
@@ -210,7 +210,7 @@ class ContinuousFlowDensity(OutlierMixin, ClassNamePrefixFeaturesOutMixin, Trans
         warm_start: bool = False,
         early_stopping: str | bool = "auto",
         validation_fraction: float = 0.15,
-        n_iter_no_change: int = 3,
+        n_iter_no_change: int = 2,
     ) -> None:
         super().__init__(
             hidden_layer_sizes,

@@ -26,6 +26,8 @@ N_WARM = 20  # updates over which the learning rate rises
 AVERAGED = 50  # updates that the averaged weights look back over, about
 LIKELIHOOD_RATE = 0.4  # of the learning rate of flow matching
 CHECKS = 8  # validations in the likelihood phase
+FAR_BEHIND = 0.2  # nats after flow matching that likelihood does not make up for
+RISE_TO_COME = 0.3  # of what a candidate would gain if it rose on as it did last; rises get smaller
 DIVERGED = 1e6  # times the first loss
 DEAR_TRACE = 3  # dimensions, above which the trace of a user's field is estimated in training
 
@@ -177,12 +179,12 @@ class FlowTraining:
         self._done += some
         last, score = self.history.validation_scores[-1], self.check()
         self._without = 0 if score > before + options.tol else self._without + 1
-        self._promised = score + (score - last) * (n - self._done) / some
+        self._promised = score + RISE_TO_COME * (score - last) * (n - self._done) / some
         return self._done < n and self._without < options.n_checks_no_change
 
     @property
     def promised(self) -> float:
-        """The held-out log-likelihood at the end if it rises on as it did last."""
+        """The held-out log-likelihood that may be hoped for at the end."""
         return max(self.best, self._promised)
 
     def check(self) -> float:
@@ -381,6 +383,7 @@ def _train(runs: list[FlowTraining], watcher: Watcher | None) -> None:
         run.restore_best()
     going = [run for run in runs if run.options.n_likelihood]
     best = _leader(runs)
+    going = [run for run in going if run.best > best.best - FAR_BEHIND]
     stopped = watcher is not None and watcher.end(best.epoch, best.at_best)
     while going and not stopped:
         if watcher is not None:
