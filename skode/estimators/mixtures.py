@@ -35,6 +35,8 @@ SEARCH_ROWS, FIT_ROWS = 3_000, 20_000  # at most; beyond, a subset that depends 
 # Held-out densities are mixed with a little of a wide one, so that a single far row does not choose the model.
 BACKGROUND = 1e-6
 FEW, N_STANDARD_ERRORS_OF_FEW = 50, 3.0  # rows: a standard error from few of them is itself uncertain
+# Of the single Gaussian in a mixture fitted to n rows: (12 / n) ** 1.5, between a row's weight and this.
+LARGEST_SINGLE_SHARE, ROWS_OF_SINGLE = 0.25, 12
 N_STANDARD_ERRORS = 2.0  # by which shrinkage must beat the plain Gaussian, and a mixture the single one chosen
 
 
@@ -235,17 +237,18 @@ def _fit(rows: Rows, choice: Choice, seed: int, n_starts: int, n_steps: int, tol
 
 
 def _with_single(gaussians: Gaussians, rows: Rows) -> Gaussians:
-    """With the single Gaussian as one more component, of the weight of one row more.
+    """With the single Gaussian as one more component: of a quarter with 30 rows, of the weight of one with thousands.
 
     Components fitted to a handful of rows are too narrow, and between and beyond them a row may come. This way no place
-    is more than log(n + 1) nats below the single Gaussian's density.
+    is more than log(n + 1) nats below the single Gaussian's density; with 30 rows, log(4).
     """
     if len(gaussians.weights) == 1:
         return gaussians
     n = len(rows.Z)
     single = _from_responsibilities(rows, np.ones((n, 1)), 0.0)
     parts = [np.concatenate([ours, its]) for ours, its in zip(gaussians, single, strict=True)]
-    parts[0] *= np.append(np.full(len(gaussians.weights), n / (n + 1)), 1 / (n + 1))
+    share = max(min((ROWS_OF_SINGLE / n) ** 1.5, LARGEST_SINGLE_SHARE), 1 / (n + 1))
+    parts[0] *= np.append(np.full(len(gaussians.weights), 1 - share), share)
     return Gaussians(*parts)
 
 

@@ -383,7 +383,7 @@ def _train(runs: list[FlowTraining], watcher: Watcher | None) -> None:
         run.restore_best()
     going = [run for run in runs if run.options.n_likelihood]
     best = _leader(runs)
-    going = [run for run in going if run.best > best.best - FAR_BEHIND]
+    going = [run for run in going if run.best >= best.best - FAR_BEHIND]
     stopped = watcher is not None and watcher.end(best.epoch, best.at_best)
     while going and not stopped:
         if watcher is not None:
