@@ -18,6 +18,7 @@ from skode.fields.trace import knows_trace
 from skode.models.flow import ContinuousFlow, TrainingPass
 from skode.models.odenet import SolverOptions
 from skode.models.paths import LinearPath, MixturePath
+from skode.training.gradients import set_gradients
 from skode.training.loop import Epoch, Watcher
 from skode.training.noise import RowNoise
 
@@ -270,8 +271,7 @@ class FlowTraining:
 
     def _step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+        set_gradients(self.parameters, gradients)
         optimizer.step()
         self.n_updates += 1
         torch._foreach_lerp_(self._average, [p.detach() for p in self.parameters], 1 / AVERAGED)

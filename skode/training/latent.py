@@ -15,6 +15,7 @@ from torch import Tensor
 
 from skode.exceptions import DivergenceError, SolverError, warn
 from skode.models import LatentODE, Rows, Series
+from skode.training.gradients import set_gradients
 from skode.training.loop import Epoch, Watcher
 from skode.training.windows import Batch, HeldOut, Panel, draw_batch, held_out_tasks, observed, split_parts
 
@@ -249,8 +250,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate_init * rate
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+        set_gradients(self.parameters, gradients)
         torch.nn.utils.clip_grad_norm_(self.parameters, LARGEST_GRADIENT)
         self.optimizer.step()
         self.n_updates += 1

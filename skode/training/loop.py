@@ -19,6 +19,7 @@ from skode.exceptions import ConvergenceWarning, DivergenceError, SolverError, w
 from skode.models import ODENet, SolverOptions
 from skode.runtime import to_numpy
 from skode.training.data import Batch, TrainingRows
+from skode.training.gradients import set_gradients
 from skode.training.tasks import Task
 
 N_CHECKS = 50  # validations in a full training run
@@ -345,8 +346,7 @@ class _Adam:
         self.parameters = [*weights, *biases]
 
     def step(self, gradients: Sequence[Tensor | None], rate: float, decay: float) -> None:
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+        set_gradients(self.parameters, gradients)
         for group in self._adam.param_groups:
             group["lr"] = rate
         self._adam.param_groups[0]["weight_decay"] = decay

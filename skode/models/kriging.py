@@ -1,0 +1,109 @@
+"""What a latent ODE misses of each series: its errors at the observations, interpolated by a Gaussian process.
+
+Symbols: N observations, Q queries (series, time), c channels; a window is the few rows of a series that a query looks
+at. Each channel's error is a process of its own, with a correlation that falls with the distance in time, around which
+observations are noise: simple kriging, as in Rasmussen and Williams 2006, section 2.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skode.models.series import Series, groups, ragged_rows
+
+BLOCK = 32  # rows: a query inside looks at its own block of them and one on either side, one ahead at the last of them
+PAIRS_AT_ONCE = 2_000_000  # queries times rows
+
+
+def _matern12(r: Tensor) -> Tensor:
+    return (-r).exp()
+
+
+def _matern32(r: Tensor) -> Tensor:
+    r = math.sqrt(3) * r
+    return (1 + r) * (-r).exp()
+
+
+CORRELATIONS: dict[str, Callable[[Tensor], Tensor]] = {"matern12": _matern12, "matern32": _matern32}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Of a channel's error: the correlation's shape and length, and the error's variance over the noise's."""
+
+    shape: str
+    length: float
+    ratio: float
+
+    def correlation(self, gap: Tensor) -> Tensor:
+        """At differences of times."""
+        return CORRELATIONS[self.shape](gap.abs() / self.length)
+
+
+class Windows:
+    """Which rows of their series queries look at.
+
+    Inside of a series, and before it, these are about a hundred rows around the query; ahead of it the last ones, so
+    that it does not matter what else was observed long before.
+
+    Parameters
+    ----------
+    series : Series
+        Rows that were observed, one at least of every series that is asked for.
+    query : int64 tensor of shape (Q,)
+        The series of each query.
+    t : tensor of shape (Q,)
+    """
+
+    def __init__(self, series: Series, query: Tensor, t: Tensor) -> None:
+        n = series.lengths[query]
+        rank = series.count_until(query, t)
+        most = int(n.max()) // BLOCK + 2 if len(n) else 1
+        number = torch.where(rank == n, most - 1, rank // BLOCK)
+        found, self._window = torch.unique(query * most + number, return_inverse=True)
+        owner, number = found // most, found % most
+        lengths = series.lengths[owner]
+        is_last = number == most - 1
+        start = torch.where(is_last, lengths - BLOCK, (number - 1) * BLOCK).clamp(min=0)
+        end = torch.where(is_last, lengths, torch.minimum((number + 2) * BLOCK, lengths))
+        self._offsets, rows = ragged_rows(series.offsets[owner] + start, end - start)
+        self.rows, self._row = torch.unique(rows, return_inverse=True)
+        self._t, self._times, self._mask = t, series.times[rows], series.mask[rows]
+
+    def corrections(self, errors: Tensor, kernels: tuple[Kernel | None, ...]) -> Tensor:
+        """The expected errors (Q, c) from those of ``rows`` (N', c), whose order is that of ``rows``."""
+        out = errors.new_zeros(len(self._t), len(kernels))
+        for channel, kernel in enumerate(kernels):
+            if kernel is not None:
+                weights = self._weights(errors[self._row, channel], self._mask[:, channel], kernel)
+                for some, pairs, rows in self._pairs():
+                    near = kernel.correlation((self._t[pairs] - self._times[rows]).to(errors))
+                    out[some, channel] = errors.new_zeros(len(out)).index_add(0, pairs, near * weights[rows])[some]
+        return out
+
+    def _weights(self, errors: Tensor, seen: Tensor, kernel: Kernel) -> Tensor:
+        """(K + I / ratio)^-1 errors of every window's rows; 0 for rows that were not observed."""
+        out = torch.zeros_like(errors)
+        for group in groups(self._offsets):
+            t, there = group.padded(self._times), group.padded(seen)
+            both = there.unsqueeze(2) & there.unsqueeze(1)
+            covariance = kernel.correlation((t.unsqueeze(2) - t.unsqueeze(1)).to(errors)) * both
+            covariance.diagonal(dim1=1, dim2=2).add_(torch.where(there, 1 / kernel.ratio, 1.0))
+            known = torch.where(there, group.padded(errors), 0.0).unsqueeze(2)
+            found = torch.cholesky_solve(known, torch.linalg.cholesky(covariance)).squeeze(2)
+            out[group.rows[group.present]] = torch.where(there, found, 0.0)[group.present]
+        return out
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Portions of the queries, and for each of their rows the query and the row's place in the windows."""
+        start, counts = self._offsets[self._window], self._offsets.diff()[self._window]
+        portion = counts.cumsum(0) // PAIRS_AT_ONCE
+        for number in torch.unique(portion).tolist():
+            some = torch.nonzero(portion == number).view(-1)
+            _, rows = ragged_rows(start[some], counts[some])
+            yield some, torch.repeat_interleave(some, counts[some], output_size=len(rows)), rows
