@@ -13,7 +13,7 @@ from torch import Tensor
 from skode.estimators.series_scaling import LONGEST, SeriesScaling
 from skode.estimators.stored import stored
 from skode.models import HeldInputs, LatentConfig, LatentODE, Rows, Series, SolverOptions
-from skode.models.forecast import ForecastOptions, outlook
+from skode.models.forecast import ForecastOptions, corrected
 from skode.models.predictive import Calibration, Predictive
 from skode.models.trajectories import Prior, middle, posterior_eta
 from skode.runtime import to_numpy
@@ -130,9 +130,10 @@ class Forecaster:
         eta, spread = self._unread(len(t))
         known = torch.nonzero((seen.lengths > 0)[query]).view(-1)
         query, t = query[known], t[known]
-        found = outlook(self.model, seen, query, _not_too_early(seen, query, t), inputs, self._options)
+        calibration, then = self._fitted.calibration, _not_too_early(seen, query, t)
+        found = corrected(self.model, seen, query, then, inputs, self._options, calibration.kernels)
         ahead = t > seen.last[query]
-        off = self._fitted.calibration.spread(found.disagreement, distances(seen, query, t), ahead)
+        off = calibration.spread(found.disagreement, distances(seen, query, t), ahead)
         eta[known], spread[known] = found.eta, off
         return eta, spread
 

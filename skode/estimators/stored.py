@@ -24,6 +24,7 @@ from sklearn.base import BaseEstimator
 
 from skode.exceptions import StoredModelError
 from skode.models import LatentConfig, ODENetConfig
+from skode.models.kriging import Kernel
 from skode.models.predictive import Calibration, Spread
 from skode.runtime.versions import VERSION
 
@@ -33,7 +34,7 @@ UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 _KIND = "__skode__"  # a dictionary with this key stands for an object of the kind that it names
 _FORMAT, _VERSION = "_skode_format", "_skode_version"
-_CLASSES: dict[str, type] = {kind.__name__: kind for kind in (ODENetConfig, LatentConfig, Calibration, Spread)}
+_CLASSES: dict[str, type] = {kind.__name__: kind for kind in (ODENetConfig, LatentConfig, Calibration, Spread, Kernel)}
 
 
 Kind = TypeVar("Kind", bound=type)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from skode.models.kriging import Kernel, Windows
 from skode.models.latent import LatentODE, Rows
 from skode.models.odenet import SolverOptions
 from skode.models.series import HeldInputs, Series, offsets_of
@@ -90,6 +91,35 @@ def outlook(
         part = _Part(model, series, query[own], t[own], inputs, options)
         eta[own], spread[own] = part.outlook()
     return Outlook(eta, spread)
+
+
+def corrected(
+    model: LatentODE,
+    series: Series,
+    query: Tensor,
+    t: Tensor,
+    inputs: HeldInputs | None,
+    options: ForecastOptions,
+    kernels: tuple[Kernel | None, ...],
+) -> Outlook:
+    """As :func:`outlook`, the values corrected by what the errors at observations tell of those nearby.
+
+    ``series`` has rows that were observed alone; ``kernels`` one for each channel to be corrected, or nothing at all.
+    """
+    if not any(kernels):
+        return outlook(model, series, query, t, inputs, options)
+    windows = Windows(series, query, t)
+    asked = torch.cat([query, series.index[windows.rows]])
+    places = torch.stack([asked.to(series.times), torch.cat([t.to(series.times), series.times[windows.rows]])], dim=1)
+    places, number = torch.unique(places, dim=0, return_inverse=True)
+    found = outlook(model, series, places[:, 0].long(), places[:, 1], inputs, options)
+    eta, own = found.eta[number].split([len(t), len(windows.rows)])
+    errors = series.values[windows.rows] - own
+    shifts = [
+        eta.new_zeros(len(t)) if kernel is None else windows.correction(errors[:, channel], channel, kernel)
+        for channel, kernel in enumerate(kernels)
+    ]
+    return Outlook(eta + torch.stack(shifts, dim=1), found.disagreement[number[: len(t)]])
 
 
 def _portions(query: Tensor) -> Iterator[slice]:

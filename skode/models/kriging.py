@@ -75,15 +75,13 @@ class Windows:
         self.rows, self._row = torch.unique(rows, return_inverse=True)
         self._t, self._times, self._mask = t, series.times[rows], series.mask[rows]
 
-    def corrections(self, errors: Tensor, kernels: tuple[Kernel | None, ...]) -> Tensor:
-        """The expected errors (Q, c) from those of ``rows`` (N', c), whose order is that of ``rows``."""
-        out = errors.new_zeros(len(self._t), len(kernels))
-        for channel, kernel in enumerate(kernels):
-            if kernel is not None:
-                weights = self._weights(errors[self._row, channel], self._mask[:, channel], kernel)
-                for some, pairs, rows in self._pairs():
-                    near = kernel.correlation((self._t[pairs] - self._times[rows]).to(errors))
-                    out[some, channel] = errors.new_zeros(len(out)).index_add(0, pairs, near * weights[rows])[some]
+    def correction(self, errors: Tensor, channel: int, kernel: Kernel) -> Tensor:
+        """A channel's expected errors (Q,) from those at the observations among ``rows`` (N',)."""
+        weights = self._weights(errors[self._row], self._mask[:, channel], kernel)
+        out = errors.new_zeros(len(self._t))
+        for pairs, rows in self._pairs():
+            near = kernel.correlation((self._t[pairs] - self._times[rows]).to(errors))
+            out.index_add_(0, pairs, near * weights[rows])
         return out
 
     def _weights(self, errors: Tensor, seen: Tensor, kernel: Kernel) -> Tensor:
@@ -99,11 +97,11 @@ class Windows:
             out[group.rows[group.present]] = torch.where(there, found, 0.0)[group.present]
         return out
 
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Portions of the queries, and for each of their rows the query and the row's place in the windows."""
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """In portions: queries, and places in the windows of the rows that each looks at."""
         start, counts = self._offsets[self._window], self._offsets.diff()[self._window]
         portion = counts.cumsum(0) // PAIRS_AT_ONCE
         for number in torch.unique(portion).tolist():
             some = torch.nonzero(portion == number).view(-1)
             _, rows = ragged_rows(start[some], counts[some])
-            yield some, torch.repeat_interleave(some, counts[some], output_size=len(rows)), rows
+            yield torch.repeat_interleave(some, counts[some], output_size=len(rows)), rows

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from skode.models.kriging import Kernel
 from skode.models.likelihoods import LARGEST_LOG_RATE, Likelihood
 
 N_NODES = 15
@@ -41,13 +42,15 @@ class Calibration:
     """Spreads inside and ahead of what was observed, and a factor on each channel's learned noise.
 
     Errors of normal channels have Student's t distribution with ``degrees`` of freedom, above 2: some series are
-    followed better than others.
+    followed better than others. ``kernels`` has one for each channel whose errors at the observations tell those
+    nearby; it is empty if no channel's do.
     """
 
     inside: Spread
     ahead: Spread
     noise: tuple[float, ...]
     degrees: float = math.inf
+    kernels: tuple[Kernel | None, ...] = ()
 
     @staticmethod
     def plain(n_channels: int) -> Calibration:

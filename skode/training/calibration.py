@@ -1,15 +1,16 @@
-"""How far predictions may be off, and how far to hop ahead: learned from what was held out of the training."""
+"""What predictions miss, how far they may be off, and how far to hop ahead: learned from what was held out."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from skode.models import LatentODE, Series
 from skode.models.forecast import ForecastOptions, Outlook, outlook
+from skode.models.kriging import CORRELATIONS, Kernel, Windows
 from skode.models.predictive import Calibration, Predictive, Spread
 from skode.training.windows import HeldOut, observed
 
@@ -23,6 +24,14 @@ SURE_OF_NOISE = 0.2
 # on which few observations say little.
 GUESSED_TAIL, SURE_OF_TAIL = 1.1, 0.4
 WIDER_AHEAD = 1.2  # for one value ahead, and less by the root of their number: new series go further astray
+# Kernels that are tried for errors nearby, a guess among them, and the cost of having one, of two parameters.
+KERNELS = tuple(
+    Kernel(shape, length, ratio)
+    for shape in CORRELATIONS
+    for length in (0.1, 0.2, 0.4, 0.8, 2.0)
+    for ratio in (1.0, 4.0, 16.0, 64.0)
+)
+GUESSED_LENGTH, GUESSED_RATIO, WORTH = 0.4, 16.0, 4.0
 TAILS = torch.linspace(-1.0, 9.0, 201, dtype=torch.float64)
 N_STEPS = 200
 
@@ -102,15 +111,90 @@ def calibrate(model: LatentODE, tasks: list[HeldOut], options: ForecastOptions) 
         Near a first guess where little was held out.
     """
     n_channels = len(model.config.families)
-    parts = []
-    for task in tasks:
-        ahead, found, target = _held_out_outlook(model, task, options)
-        distance = distances(task.given, target.index, target.times)
-        parts.append((found.eta, found.disagreement, target.values, target.mask, ahead, distance))
-    if not parts or not any(bool(part[3].any()) for part in parts):
+    parts = [_compared(model, task, options) for task in tasks]
+    if not any(bool(part.mask.any()) for part in parts):
         return Calibration.plain(n_channels)
-    eta, disagreement, y, mask, ahead, distance = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-    return _fitted(model, eta.double(), disagreement.double(), y.double(), mask, ahead, distance.double())
+    kernels = tuple(
+        _kernel(parts, channel) if family == "gaussian" else None
+        for channel, family in enumerate(model.config.families)
+    )
+    kernels = kernels if any(kernels) else ()
+    eta = torch.cat([part.eta + part.shifts(kernels) for part in parts])
+    disagreement, y, mask, ahead, distance = (
+        torch.cat([getattr(part, name) for part in parts])
+        for name in ("disagreement", "y", "mask", "ahead", "distance")
+    )
+    return replace(_fitted(model, eta, disagreement, y, mask, ahead, distance), kernels=kernels)
+
+
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    """Held-out values ``y`` (Q, c) beside what is predicted of them, and the errors at the observations before."""
+
+    eta: Tensor
+    disagreement: Tensor
+    y: Tensor
+    mask: Tensor
+    ahead: Tensor
+    distance: Tensor
+    windows: Windows
+    errors: Tensor
+
+    def shifts(self, kernels: tuple[Kernel | None, ...]) -> Tensor:
+        """Corrections (Q, c)."""
+        out = torch.zeros_like(self.eta)
+        for channel, kernel in enumerate(kernels):
+            if kernel is not None:
+                out[:, channel] = self.windows.correction(self.errors[:, channel], channel, kernel)
+        return out
+
+
+@torch.no_grad()
+def _compared(model: LatentODE, task: HeldOut, options: ForecastOptions) -> _Compared:
+    ahead, found, target = _held_out_outlook(model, task, options)
+    given = observed(task.given).to("cpu", torch.float64)
+    query, t = target.index.cpu(), target.times.cpu()
+    windows = Windows(given, query, t)
+    rows = windows.rows.to(target.times.device)
+    there = observed(task.given)
+    own = outlook(model, there, there.index[rows], there.times[rows], task.inputs, options)
+    return _Compared(
+        found.eta.cpu().double(),
+        found.disagreement.cpu().double(),
+        target.values.cpu().double(),
+        target.mask.cpu(),
+        ahead.cpu(),
+        distances(task.given, target.index, target.times).cpu().double(),
+        windows,
+        given.values[windows.rows] - own.eta.cpu().double(),
+    )
+
+
+def _kernel(parts: list[_Compared], channel: int) -> Kernel | None:
+    """The one that makes a channel's errors least likely to be that large, near a guess; None if none is worth it."""
+    sides = [(part, side & part.mask[:, channel]) for part in parts for side in (part.ahead, ~part.ahead)]
+
+    def cost(kernel: Kernel | None) -> float:
+        """Twice the negative log-likelihood of errors whose variances, inside and ahead, suit them best."""
+        shifts = [part.shifts((None,) * channel + (kernel,))[:, channel] for part in parts]
+        total = 0.0
+        for first in (0, 1):
+            squares = torch.cat(
+                [
+                    (part.y[:, channel] - part.eta[:, channel] - shift)[own].square()
+                    for (part, own), shift in zip(sides[first::2], shifts, strict=True)
+                ]
+            )
+            if len(squares):
+                total += len(squares) * math.log(max(float(squares.mean()), 1e-12))
+        return total + (0.0 if kernel is None else WORTH + _doubt(kernel))
+
+    best = min((None, *KERNELS), key=cost)
+    return best
+
+
+def _doubt(kernel: Kernel) -> float:
+    return math.log2(kernel.length / GUESSED_LENGTH) ** 2 + (0.5 * math.log2(kernel.ratio / GUESSED_RATIO)) ** 2
 
 
 def _fitted(

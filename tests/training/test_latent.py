@@ -120,6 +120,25 @@ def test_the_same_generator_gives_the_same_bits_and_the_global_one_stays() -> No
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_training_by_the_node_moves_the_weights_as_training_by_the_solver_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights = []
+    for by_solver in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        config = LatentConfig(("gaussian",), latent_dim=3, encoder_layer_sizes=(8,), hidden_layer_sizes=(7, 5))
+        model = LatentODE(config, generator).double()
+        if by_solver:
+            monkeypatch.setattr(
+                LatentODE, "_stepped", lambda own, *args, counts: own._solved(*args, "discrete", counts=counts)
+            )
+        data = LatentData.split(sines(30, 1).to(dtype=torch.float64), generator, validate=False)
+        train_latent(model, data, LatentOptions(n_updates=4, batch_size=10, learning_rate_init=0.05), generator)
+        weights.append([p.detach() for p in model.parameters()])
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
 def test_divergence_is_told() -> None:
     generator = torch.Generator().manual_seed(0)
     model = LatentODE(LatentConfig(("gaussian",)), generator)
