@@ -7,8 +7,7 @@ observations are noise: simple kriging, as in Rasmussen and Williams 2006, secti
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,29 +19,20 @@ BLOCK = 32  # rows: a query inside looks at its own block of them and one on eit
 PAIRS_AT_ONCE = 2_000_000  # queries times rows
 
 
-def _matern12(r: Tensor) -> Tensor:
-    return (-r).exp()
-
-
-def _matern32(r: Tensor) -> Tensor:
-    r = math.sqrt(3) * r
-    return (1 + r) * (-r).exp()
-
-
-CORRELATIONS: dict[str, Callable[[Tensor], Tensor]] = {"matern12": _matern12, "matern32": _matern32}
-
-
 @dataclass(frozen=True)
 class Kernel:
-    """Of a channel's error: the correlation's shape and length, and the error's variance over the noise's."""
+    """Of a channel's error: the length over which its correlation falls to 1 / e, and its variance over the noise's.
 
-    shape: str
+    The correlation is exponential (Matern's of 1/2): far ahead of the last observation it tells the level, never a
+    slope, which would run away.
+    """
+
     length: float
     ratio: float
 
     def correlation(self, gap: Tensor) -> Tensor:
         """At differences of times."""
-        return CORRELATIONS[self.shape](gap.abs() / self.length)
+        return (-gap.abs() / self.length).exp()
 
 
 class Windows:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from skode.models import LatentODE, Series
 from skode.models.forecast import ForecastOptions, Outlook, outlook
-from skode.models.kriging import CORRELATIONS, Kernel, Windows
+from skode.models.kriging import Kernel, Windows
 from skode.models.predictive import Calibration, Predictive, Spread
 from skode.training.windows import HeldOut, observed
 
@@ -24,14 +24,10 @@ SURE_OF_NOISE = 0.2
 # on which few observations say little.
 GUESSED_TAIL, SURE_OF_TAIL = 1.1, 0.4
 WIDER_AHEAD = 1.2  # for one value ahead, and less by the root of their number: new series go further astray
-# Kernels that are tried for errors nearby, a guess among them, and the cost of having one, of two parameters.
-KERNELS = tuple(
-    Kernel(shape, length, ratio)
-    for shape in CORRELATIONS
-    for length in (0.1, 0.2, 0.4, 0.8, 2.0)
-    for ratio in (1.0, 4.0, 16.0, 64.0)
-)
-GUESSED_LENGTH, GUESSED_RATIO, WORTH = 0.4, 16.0, 4.0
+# Kernels that are tried, a guess among them, how sure it is, and by how much of twice the log-likelihood having none must
+# be better: errors of new series are larger, and more alike nearby, than those of parts of series of the training.
+KERNELS = tuple(Kernel(length, ratio) for length in (0.1, 0.2, 0.4, 0.8, 2.0) for ratio in (1.0, 4.0, 16.0, 64.0))
+GUESSED_KERNEL, SURE_OF_KERNEL, WORTH = Kernel(0.8, 16.0), 2.0, 4.0
 TAILS = torch.linspace(-1.0, 9.0, 201, dtype=torch.float64)
 N_STEPS = 200
 
@@ -187,14 +183,15 @@ def _kernel(parts: list[_Compared], channel: int) -> Kernel | None:
             )
             if len(squares):
                 total += len(squares) * math.log(max(float(squares.mean()), 1e-12))
-        return total + (0.0 if kernel is None else WORTH + _doubt(kernel))
+        return total + (WORTH if kernel is None else _doubt(kernel))
 
     best = min((None, *KERNELS), key=cost)
     return best
 
 
 def _doubt(kernel: Kernel) -> float:
-    return math.log2(kernel.length / GUESSED_LENGTH) ** 2 + (0.5 * math.log2(kernel.ratio / GUESSED_RATIO)) ** 2
+    length, ratio = kernel.length / GUESSED_KERNEL.length, kernel.ratio / GUESSED_KERNEL.ratio
+    return SURE_OF_KERNEL * (math.log2(length) ** 2 + (0.5 * math.log2(ratio)) ** 2)
 
 
 def _fitted(
