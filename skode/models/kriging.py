@@ -81,9 +81,9 @@ class Windows:
             t, there = group.padded(self._times), group.padded(seen)
             both = there.unsqueeze(2) & there.unsqueeze(1)
             covariance = kernel.correlation((t.unsqueeze(2) - t.unsqueeze(1)).to(errors)) * both
-            covariance.diagonal(dim1=1, dim2=2).add_(torch.where(there, 1 / kernel.ratio, 1.0))
-            known = torch.where(there, group.padded(errors), 0.0).unsqueeze(2)
-            found = torch.cholesky_solve(known, torch.linalg.cholesky(covariance)).squeeze(2)
+            known = torch.where(there, group.padded(errors), 0.0)
+            covariance.diagonal(dim1=1, dim2=2).add_(torch.ones_like(known).masked_fill(there, 1 / kernel.ratio))
+            found = torch.cholesky_solve(known.unsqueeze(2), torch.linalg.cholesky(covariance)).squeeze(2)
             out[group.rows[group.present]] = torch.where(there, found, 0.0)[group.present]
         return out
 

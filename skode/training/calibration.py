@@ -24,8 +24,8 @@ SURE_OF_NOISE = 0.2
 # on which few observations say little.
 GUESSED_TAIL, SURE_OF_TAIL = 1.1, 0.4
 WIDER_AHEAD = 1.2  # for one value ahead, and less by the root of their number: new series go further astray
-# Kernels that are tried, a guess among them, how sure it is, and by how much of twice the log-likelihood having none must
-# be better: errors of new series are larger, and more alike nearby, than those of parts of series of the training.
+# Kernels that are tried, a guess among them, how sure it is, and by how much of twice the log-likelihood having none
+# must be better: errors of new series are larger, and more alike nearby, than those of parts of series of the training.
 KERNELS = tuple(Kernel(length, ratio) for length in (0.1, 0.2, 0.4, 0.8, 2.0) for ratio in (1.0, 4.0, 16.0, 64.0))
 GUESSED_KERNEL, SURE_OF_KERNEL, WORTH = Kernel(0.8, 16.0), 2.0, 4.0
 TAILS = torch.linspace(-1.0, 9.0, 201, dtype=torch.float64)

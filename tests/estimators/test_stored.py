@@ -30,6 +30,8 @@ from skode import (
 )
 from skode.estimators import stored
 from skode.exceptions import StoredModelError
+from skode.models.kriging import Kernel
+from skode.models.predictive import Calibration, Spread
 from tests.data.make_stored_models import FLOW, FOLDER, NET, SERIES, cases
 
 ESTIMATORS = [ODENetClassifier, ODENetRegressor, ContinuousFlowDensity, ContinuousFlowRegressor, LatentODERegressor]
@@ -139,6 +141,7 @@ def test_a_latent_ode_keeps_its_clock_and_nothing_of_the_panel() -> None:
         pd.Timestamp("2020-01-01 12:00", tz="UTC"),
         pd.Timedelta("3h"),
         (1, [2.0, {"a": np.dtype("int8"), 3: None}]),
+        Calibration(Spread(), Spread(3.0), (1.0, 2.0), 7.0, (Kernel(0.4, 16.0), None)),
     ],
 )
 def test_arguments_of_any_kind_come_back(value: Any) -> None:
