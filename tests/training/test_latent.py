@@ -14,11 +14,21 @@ from torch import Tensor
 from skode.exceptions import DivergenceError
 from skode.models import HeldInputs, LatentConfig, LatentODE, Rows, Series, SolverOptions
 from skode.models.forecast import ForecastOptions, outlook
+from skode.models.kriging import Windows
 from skode.models.predictive import Calibration, Predictive
 from skode.models.series import offsets_of
 from skode.models.trajectories import Prior, fit_prior, log_bound, posterior_eta, prior_eta
 from skode.training import LatentData, LatentHistory, LatentOptions, train_latent
-from skode.training.calibration import _degrees, _held_out_outlook, calibrate, choose_stride, distances
+from skode.training.calibration import (
+    GUESSED_KERNEL,
+    _Compared,
+    _degrees,
+    _held_out_outlook,
+    _kernel,
+    calibrate,
+    choose_stride,
+    distances,
+)
 from skode.training.windows import Panel, draw_batch, held_out_tasks
 from tests.models.test_latent_series import panel, piece
 
@@ -347,3 +357,31 @@ def test_a_rate_of_events_is_learned() -> None:
 def test_without_anything_held_out_a_plain_calibration_is_given() -> None:
     model = LatentODE(LatentConfig(("gaussian",) * 2), torch.Generator().manual_seed(0))
     assert calibrate(model, [], ForecastOptions(SOLVER)) == Calibration.plain(2)
+
+
+def held_out_errors(shared: float, n: int = 40, seed: int = 0) -> list[_Compared]:
+    """Errors at 8 observations of each of n series, and between them: white noise of 0.1, and what a series shares."""
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.linspace(0, 1, 8, dtype=torch.float64).repeat(n)
+    series = Series.of(torch.arange(n + 1) * 8, t, torch.zeros(8 * n, 1, dtype=torch.float64))
+    query = torch.arange(n).repeat_interleave(2)
+    asked = torch.tensor([0.3, 1.2], dtype=torch.float64).repeat(n)
+    level = shared * torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    errors = level[series.index] + 0.1 * torch.randn(8 * n, 1, generator=generator, dtype=torch.float64)
+    y = level[query] + 0.1 * torch.randn(2 * n, 1, generator=generator, dtype=torch.float64)
+    windows = Windows(series, query, asked)
+    everything = torch.ones_like(y, dtype=torch.bool)
+    zero = torch.zeros_like(y)
+    return [_Compared(zero, zero, y, everything, asked > 1, asked, windows, errors[windows.rows])]
+
+
+def test_errors_that_a_series_shares_are_interpolated_and_white_ones_are_not() -> None:
+    kernel = _kernel(held_out_errors(0.3), 0)
+    assert kernel is not None and kernel.length >= 0.8 and kernel.ratio >= 4
+    assert _kernel(held_out_errors(0.0), 0) is None
+
+
+def test_without_evidence_the_guessed_kernel_is_taken() -> None:
+    parts = held_out_errors(0.3, n=1)
+    parts[0].mask[:] = False
+    assert _kernel(parts, 0) == GUESSED_KERNEL
