@@ -27,6 +27,7 @@ Array = NDArray[np.float64]
 # may do without, and with few rows wants much.
 SHRINKAGES = (1e-3, 1e-2, 0.05, 0.2)
 SINGLE_SHRINKAGES = (0.0, *SHRINKAGES, 0.5, 1.0)
+ENOUGH = 10  # rows for each column, from which a single covariance needs no shrinkage
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 VARIANCE_FLOOR = 1e-6  # of standardised rows, added to every variance
 ROUND_OFF = 1e-10  # of a component's largest variance, added as well: a far row must not undo the factorisation
@@ -34,7 +35,7 @@ MOST_FITS, MOST_COMPONENTS = 8, 48  # whose densities are averaged, and the comp
 SEARCH_ROWS, FIT_ROWS = 3_000, 20_000  # at most; beyond, a subset that depends on the rows' content
 # Held-out densities are mixed with a little of a wide one, so that a single far row does not choose the model.
 BACKGROUND = 1e-6
-FEW, N_STANDARD_ERRORS_OF_FEW = 50, 3.0  # rows: a standard error from few of them is itself uncertain
+FEW, N_STANDARD_ERRORS_OF_FEW = 50, 3.2  # rows: a standard error from few of them is itself uncertain
 # Of the single Gaussian in a mixture fitted to n rows: (12 / n) ** 1.5, between a row's weight and this.
 LARGEST_SINGLE_SHARE, ROWS_OF_SINGLE = 0.25, 12
 N_STANDARD_ERRORS = 2.0  # by which shrinkage must beat the plain Gaussian, and a mixture the single one chosen
@@ -153,7 +154,8 @@ def _choose(rows: Rows, seed: int) -> Choice:
     if n_rows < 4 or n_dims == 0:
         return Choice(1, 1.0)
     folds = np.arange(n_rows) % min(n_rows, 10 if n_rows < 200 else 3)
-    scores = {Choice(1, a): score for a, score in _held_out(rows, folds, 1, SINGLE_SHRINKAGES, seed).items()}
+    shrinkages = SINGLE_SHRINKAGES if n_rows < ENOUGH * n_dims else (0.0,)
+    scores = {Choice(1, a): score for a, score in _held_out(rows, folds, 1, shrinkages, seed).items()}
     single = _unless_clearly_worse(scores, Choice(1, 0.0), rows)
     worse = 0
     near: tuple[float, ...] = SHRINKAGES
