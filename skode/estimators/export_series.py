@@ -85,7 +85,7 @@ class SeriesModule(nn.Module):
             raise ValueError("a model of series needs query_times of shape (n_series, n_queries).")
         n, q = query_times.shape
         query = torch.arange(n, device=times.device).repeat_interleave(q)
-        eta, spread = forecaster.moments(query, query_times.reshape(-1) / self._fitted.scaling.time)
+        eta, spread, _ = forecaster.moments(query, query_times.reshape(-1) / self._fitted.scaling.time)
         noise = self._fitted.calibration.noise
         # Where two readings of a series agree the spread between them has no derivative.
         mean = Predictive(self.model.likelihood, eta, spread.detach(), noise).mean()

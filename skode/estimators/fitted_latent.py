@@ -72,6 +72,14 @@ def marginal(series: Series) -> Array:
     return found
 
 
+class Moments(NamedTuple):
+    """The decoder's values at queries and how far they may be off, (Q, n_channels), degrees of freedom of that (Q,)."""
+
+    eta: Tensor
+    spread: Tensor
+    degrees: Tensor
+
+
 class Forecaster:
     """A fitted model on some series.
 
@@ -105,8 +113,8 @@ class Forecaster:
         mean, factor = (torch.from_numpy(part).to(self.series.values) for part in self._fitted.prior)
         return Prior(mean, factor)
 
-    def moments(self, query: Tensor, t: Tensor, *, past: bool = False) -> tuple[Tensor, Tensor]:
-        """The decoder's values at queries, and how far they may be off, (Q, n_channels) both.
+    def moments(self, query: Tensor, t: Tensor, *, past: bool = False) -> Moments:
+        """What is predicted at queries.
 
         With ``past`` only what was observed before each query's time is used.
         """
@@ -123,19 +131,19 @@ class Forecaster:
             parts.append(self._read(clones, every, t[some], inputs))
         if not parts:
             return self._read(self.seen, query, t, self.inputs)
-        eta, spread = (torch.cat(part) for part in zip(*parts, strict=True))
-        return eta, spread
+        return Moments(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
-    def _read(self, seen: Series, query: Tensor, t: Tensor, inputs: HeldInputs | None) -> tuple[Tensor, Tensor]:
+    def _read(self, seen: Series, query: Tensor, t: Tensor, inputs: HeldInputs | None) -> Moments:
         eta, spread = self._unread(len(t))
+        degrees = self._fitted.calibration.degrees_of(torch.zeros(len(t), dtype=torch.bool)).to(eta)
         known = torch.nonzero((seen.lengths > 0)[query]).view(-1)
         query, t = query[known], t[known]
         calibration, then = self._fitted.calibration, _not_too_early(seen, query, t)
         found = corrected(self.model, seen, query, then, inputs, self._options, calibration.kernels)
         ahead = t > seen.last[query]
         off = calibration.spread(found.disagreement, distances(seen, query, t), ahead)
-        eta[known], spread[known] = found.eta, off
-        return eta, spread
+        eta[known], spread[known], degrees[known] = found.eta, off, calibration.degrees_of(ahead.cpu()).to(eta)
+        return Moments(eta, spread, degrees)
 
     def _unread(self, n: int) -> tuple[Tensor, Tensor]:
         """Of series without any observation: the channels' own distributions."""
@@ -149,14 +157,20 @@ class Forecaster:
                 eta[i], spread[i] = mean[i].clamp(min=1e-6).log(), 0.0
         return eta.repeat(n, 1), spread.repeat(n, 1)
 
-    def predictive(self, eta: Tensor, spread: Tensor) -> Predictive:
+    def predictive(self, moments: Moments) -> Predictive:
         """The distributions of observations."""
+        noise = self._fitted.calibration.noise
+        return Predictive(self.model.likelihood, moments.eta.detach(), moments.spread, noise, moments.degrees)
+
+    def around(self, eta: Tensor) -> Predictive:
+        """The distributions of observations around trajectories (n, n_channels)."""
         calibration = self._fitted.calibration
-        return Predictive(self.model.likelihood, eta.detach(), spread, calibration.noise, calibration.degrees)
+        still = torch.zeros_like(eta)
+        return Predictive(self.model.likelihood, eta.detach(), still, calibration.noise, calibration.degrees)
 
     def trajectories(self, query: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The decoder's values along samples (n_samples, Q, n_channels) of normal ``eps (n_series, n_samples, d)``."""
-        eta, spread = self.moments(query, t)
+        eta, spread, _ = self.moments(query, t)
         known = torch.nonzero((self.seen.lengths > 0)[query]).view(-1)
         out = eta.repeat(eps.shape[1], 1, 1)
         if not len(known):

@@ -100,8 +100,8 @@ class LatentQueries(ClassNamePrefixFeaturesOutMixin, TransformerMixin, SeriesExp
         query, t, shape = self._asked(container, panel, times, horizon)
         forecaster = self._forecaster(panel)
         where = torch.from_numpy(query), torch.from_numpy(t / self._fitted.scaling.time)
-        eta, spread = self._solved(panel, lambda: forecaster.moments(*where, past=given == "past"))
-        predictive = forecaster.predictive(eta, spread)
+        moments = self._solved(panel, lambda: forecaster.moments(*where, past=given == "past"))
+        predictive = forecaster.predictive(moments)
         if labels is not None:
             return shape([self._in_units(predictive.quantile(p)) for p in labels], labels)
         mean = shape([self._in_units(predictive.mean())], None)
@@ -260,7 +260,7 @@ class LatentQueries(ClassNamePrefixFeaturesOutMixin, TransformerMixin, SeriesExp
         """Observations around trajectories (n_samples, Q, n_channels), or what they are expected to be."""
         n, q, c = eta.shape
         flat = eta.reshape(n * q, c)
-        predictive = forecaster.predictive(flat, torch.zeros_like(flat))
+        predictive = forecaster.around(flat)
         if not noise:
             return predictive.mean().view(n, q, c)
         u = key_uniforms(keys, 2 * n * c).reshape(q, n, c, 2).swapaxes(0, 1).reshape(n * q, c, 2)
@@ -383,10 +383,10 @@ class LatentQueries(ClassNamePrefixFeaturesOutMixin, TransformerMixin, SeriesExp
             torch.from_numpy(panel.series[rows]),
             torch.from_numpy(panel.times[rows] / self._fitted.scaling.time),
         )
-        eta, spread = self._solved(panel, lambda: forecaster.moments(*where))
+        moments = self._solved(panel, lambda: forecaster.moments(*where))
         scaling, truth = self._fitted.scaling, panel.values[rows]
         scaled = torch.from_numpy((truth - scaling.centre) / scaling.scale)
-        found = forecaster.predictive(eta, spread).log_prob(torch.nan_to_num(scaled))
+        found = forecaster.predictive(moments).log_prob(torch.nan_to_num(scaled))
         log_density = to_numpy(found) - scaling.log_scale
         return float(log_density[~np.isnan(truth)].mean())
 

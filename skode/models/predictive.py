@@ -42,8 +42,8 @@ class Calibration:
     """Spreads inside and ahead of what was observed, and a factor on each channel's learned noise.
 
     Errors of normal channels have Student's t distribution with ``degrees`` of freedom, above 2: some series are
-    followed better than others. ``kernels`` has one for each channel whose errors at the observations tell those
-    nearby; it is empty if no channel's do.
+    followed better than others; ahead with ``degrees_ahead``, if that is given. ``kernels`` has one for each channel
+    whose errors at the observations tell those nearby; it is empty if no channel's do.
     """
 
     inside: Spread
@@ -51,6 +51,7 @@ class Calibration:
     noise: tuple[float, ...]
     degrees: float = math.inf
     kernels: tuple[Kernel | None, ...] = ()
+    degrees_ahead: float | None = None
 
     @staticmethod
     def plain(n_channels: int) -> Calibration:
@@ -61,6 +62,11 @@ class Calibration:
         """The s (n, c) of disagreements (n, c), distances (n,) and which (n,) lie ahead."""
         inside, later = (own.of(disagreement, distance) for own in (self.inside, self.ahead))
         return torch.where(ahead.unsqueeze(1), later, inside)
+
+    def degrees_of(self, ahead: Tensor) -> Tensor:
+        """Degrees of freedom (n,) by which (n,) lie ahead."""
+        later = self.degrees if self.degrees_ahead is None else self.degrees_ahead
+        return torch.where(ahead, torch.tensor(later, dtype=torch.float64), self.degrees)
 
 
 class Predictive:
@@ -76,7 +82,7 @@ class Predictive:
     eta, spread : tensors of shape (n, c)
     noise : sequence of float, optional
         Factors on the channels' noise.
-    degrees : float, default=inf
+    degrees : float or tensor of shape (n,), default=inf
         Of freedom, above 2.
     """
 
@@ -86,7 +92,7 @@ class Predictive:
         eta: Tensor,
         spread: Tensor,
         noise: tuple[float, ...] | Tensor | None = None,
-        degrees: float = math.inf,
+        degrees: float | Tensor = math.inf,
     ) -> None:
         self._likelihood, self.eta, self.spread = likelihood, eta, spread
         factor = torch.ones(eta.shape[1]) if noise is None else torch.as_tensor(noise)
@@ -126,18 +132,15 @@ class Predictive:
         if family == "poisson":
             return self._count_quantile(i, u[:, 0])
         nu = self._freedom(i)
-        if torch.isinf(nu):
-            place: Tensor = torch.special.ndtri(u[:, 0])
-            return self.eta[:, i] + self._width(i) * place
         # Student's t in polar coordinates (Bailey 1994).
-        away: Tensor = (nu * (u[:, 0] ** (-2 / nu) - 1)).sqrt() * torch.cos(2 * math.pi * u[:, 1])
-        return self.eta[:, i] + self._width(i) * away
+        away = (nu * (u[:, 0] ** (-2 / nu) - 1)).sqrt() * torch.cos(2 * math.pi * u[:, 1])
+        return self.eta[:, i] + self._width(i) * torch.where(torch.isinf(nu), torch.special.ndtri(u[:, 0]), away)
 
     def _at_nodes(self, i: int) -> Tensor:
         return self.eta[:, i, None] + self.spread[:, i, None] * self._nodes
 
     def _freedom(self, i: int) -> Tensor:
-        """Degrees of freedom; infinite for a normal distribution."""
+        """Degrees of freedom, one number or (n,); infinite for a normal distribution."""
         return self._degrees[i] if self._likelihood.families[i] == "student_t" else self._of_errors
 
     def _width(self, i: int) -> Tensor:
@@ -158,11 +161,11 @@ class Predictive:
             return torch.logsumexp(each + self._weights.log(), dim=1)
         width = self._width(i)
         z = (y - self.eta[:, i]) / width
-        nu = self._freedom(i)
-        if torch.isinf(nu):
-            return -0.5 * z.square() - width.log() - 0.5 * math.log(2 * math.pi)
-        constant = torch.lgamma((nu + 1) / 2) - torch.lgamma(nu / 2) - 0.5 * (nu * math.pi).log() - width.log()
-        return constant - (nu + 1) / 2 * torch.log1p(z.square() / nu)
+        normal = torch.isinf(self._freedom(i))
+        nu = torch.where(normal, 1.0, self._freedom(i))
+        constant = torch.lgamma((nu + 1) / 2) - torch.lgamma(nu / 2) - 0.5 * (nu * math.pi).log()
+        of_t = constant - (nu + 1) / 2 * torch.log1p(z.square() / nu)
+        return torch.where(normal, -0.5 * z.square() - 0.5 * math.log(2 * math.pi), of_t) - width.log()
 
     def _moments(self, i: int) -> tuple[Tensor, Tensor]:
         """Mean and variance (n,)."""
@@ -182,12 +185,9 @@ class Predictive:
             return (self._moments(i)[0] > 1 - p).to(self.eta)
         if family == "poisson":
             return self._count_quantile(i, p)
-        nu = float(self._freedom(i).detach())
-        if math.isinf(nu):
-            place = math.sqrt(2) * float(torch.special.erfinv(torch.tensor(2 * p - 1, dtype=torch.float64)))
-        else:
-            place = _t_quantile(nu, p)
-        return self.eta[:, i] + place * self._width(i)
+        every, which = torch.unique(self._freedom(i).detach(), return_inverse=True)
+        places = torch.tensor([_t_quantile(nu, p) for nu in every.tolist()]).to(self.eta)
+        return self.eta[:, i] + places[which] * self._width(i)
 
     def _count_quantile(self, i: int, p: float | Tensor) -> Tensor:
         """The smallest count whose distribution function reaches ``p``, by bisection."""
@@ -204,6 +204,8 @@ class Predictive:
 
 def _t_quantile(nu: float, p: float) -> float:
     """Of Student's t: with t = sqrt(nu) tan(a) the density is cos(a)^(nu - 1), summed up over even angles."""
+    if math.isinf(nu):
+        return math.sqrt(2) * float(torch.special.erfinv(torch.tensor(2 * p - 1, dtype=torch.float64)))
     angle = np.linspace(-math.pi / 2, math.pi / 2, 20_001)
     density = np.cos(angle).clip(0) ** (nu - 1)
     total = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])

@@ -19,11 +19,12 @@ STRIDES = (0.5, 0.25, None)
 # than the error, the data do not tell the factor.
 GUESS = ((0.2, -4.0, 0.5), (1.0, -2.0, 0.7))
 SURE = ((0.15, 1.5, 0.3), (1.0, 1.5, 0.3))
-SURE_OF_NOISE = 0.2
+SURE_OF_NOISE = 0.5
 # Logarithm of the errors' degrees of freedom above 2: new series differ more than parts of the series of the training,
 # on which few observations say little.
-GUESSED_TAIL, SURE_OF_TAIL = 1.1, 0.4
-WIDER_AHEAD = 1.2  # for one value ahead, and less by the root of their number: new series go further astray
+GUESSED_TAILS, SURE_OF_TAIL = (0.3, 1.1), 0.4  # inside, ahead
+# For one value held out, and less by the root of their number: new series go further astray.
+WIDER = (0.3, 1.2)
 # Kernels that are tried, a guess among them, how sure it is, and by how much of twice the log-likelihood having none
 # must be better: errors of new series are larger, and more alike nearby, than those of parts of series of the training.
 KERNELS = tuple(Kernel(length, ratio) for length in (0.1, 0.2, 0.4, 0.8, 2.0) for ratio in (1.0, 4.0, 16.0, 64.0))
@@ -215,21 +216,21 @@ def _fitted(
         spreads.grad, noise.grad = gradients
         optimizer.step()
     spreads = spreads.detach()
-    spreads[1, :2] += math.log1p(WIDER_AHEAD / max(int(mask[ahead].sum()), 1) ** 0.5)
-    inside, later = (Spread(float(own[0].exp()), float(own[1].exp()), max(float(own[2]), 0.0)) for own in spreads)
-    factors = tuple(noise.detach().exp().tolist())
     normal = [i for i, family in enumerate(model.config.families) if family == "gaussian"]
+    factors, degrees = tuple(noise.detach().exp().tolist()), []
     with torch.no_grad():
-        off = ((y - eta) / Predictive(likelihood, eta, spread, factors).std())[:, normal]
-    return Calibration(inside, later, factors, _degrees(off[mask[:, normal]]))
+        off = (y - eta) / Predictive(likelihood, eta, spread, factors).std()
+    for i, side in enumerate((~ahead, ahead)):
+        degrees.append(_degrees(off[side][:, normal][mask[side][:, normal]], GUESSED_TAILS[i]))
+        spreads[i, :2] += math.log1p(WIDER[i] / max(int(mask[side].sum()), 1) ** 0.5)
+    inside, later = (Spread(float(own[0].exp()), float(own[1].exp()), max(float(own[2]), 0.0)) for own in spreads)
+    return Calibration(inside, later, factors, degrees[0], degrees_ahead=degrees[1])
 
 
-def _degrees(off: Tensor) -> float:
+def _degrees(off: Tensor, guess: float) -> float:
     """Degrees of freedom of errors in units of their standard deviation: the most likely, near a guess for few."""
-    if not len(off):
-        return math.inf
     each = torch.stack([_t_log_density(off, 2 + float(tail.exp())).sum() for tail in TAILS])
-    best = TAILS[torch.argmax(each - 0.5 * ((TAILS - GUESSED_TAIL) / SURE_OF_TAIL).square())]
+    best = TAILS[torch.argmax(each - 0.5 * ((TAILS - guess) / SURE_OF_TAIL).square())]
     return 2 + float(best.exp())
 
 

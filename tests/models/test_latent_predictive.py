@@ -15,7 +15,7 @@ from skode.models.predictive import Calibration, Predictive, Spread
 N = 5
 
 
-def predictive(family: str, spread: float, noise: float = 1.0, degrees: float = math.inf) -> Predictive:
+def predictive(family: str, spread: float, noise: float = 1.0, degrees: float | torch.Tensor = math.inf) -> Predictive:
     likelihood = Likelihood([family]).double()
     eta = torch.linspace(-1.0, 2.0, N, dtype=torch.float64).unsqueeze(1)
     return Predictive(likelihood, eta, torch.full_like(eta, spread), (noise,), degrees)
@@ -84,3 +84,22 @@ def test_spreads_grow_from_the_nearest_observation() -> None:
     found = calibration.spread(torch.full((3, 1), 0.1), torch.tensor([0.0, 4.0, 4.0]), ahead)
     expected = torch.tensor([[0.2], [(0.2**2 + 2.0**2) ** 0.5], [(0.3**2 + 16.0**2) ** 0.5]])
     torch.testing.assert_close(found, expected)
+
+
+def test_degrees_of_freedom_may_be_rows_own() -> None:
+    calibration = Calibration(Spread(), Spread(), (1.0,), 3.0, degrees_ahead=9.0)
+    ahead = torch.tensor([False, True, False])
+    degrees = calibration.degrees_of(ahead)
+    assert degrees.tolist() == [3.0, 9.0, 3.0]
+    assert Calibration(Spread(), Spread(), (1.0,), 3.0).degrees_of(ahead).tolist() == [3.0] * 3
+    together = predictive("gaussian", 0.7, degrees=torch.tensor([3.0, 9.0, torch.inf, 3.0, 9.0]).double())
+    y, u = together.eta + 0.4, torch.full((N, 1, 2), 0.3, dtype=torch.float64)
+    for i, nu in enumerate((3.0, 9.0, np.inf)):
+        alone = predictive("gaussian", 0.7, degrees=nu)
+        for one, other in (
+            (together.quantile(0.9), alone.quantile(0.9)),
+            (together.log_prob(y), alone.log_prob(y)),
+            (together.std(), alone.std()),
+            (together.drawn(u), alone.drawn(u)),
+        ):
+            torch.testing.assert_close(one[i], other[i])
