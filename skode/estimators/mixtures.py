@@ -35,7 +35,8 @@ MOST_FITS, MOST_COMPONENTS = 8, 48  # whose densities are averaged, and the comp
 SEARCH_ROWS, FIT_ROWS = 3_000, 20_000  # at most; beyond, a subset that depends on the rows' content
 # Held-out densities are mixed with a little of a wide one, so that a single far row does not choose the model.
 BACKGROUND = 1e-6
-FEW, N_STANDARD_ERRORS_OF_FEW = 50, 3.2  # rows: a standard error from few of them is itself uncertain
+FEW = 50  # rows: a standard error from few of them is itself uncertain, and more of them are asked for
+OF_FEW = 3.0, 3.2  # by shrinkage, by a mixture
 # Of the single Gaussian in a mixture fitted to n rows: (12 / n) ** 1.5, between a row's weight and this.
 LARGEST_SINGLE_SHARE, ROWS_OF_SINGLE = 0.25, 12
 N_STANDARD_ERRORS = 2.0  # by which shrinkage must beat the plain Gaussian, and a mixture the single one chosen
@@ -156,7 +157,7 @@ def _choose(rows: Rows, seed: int) -> Choice:
     folds = np.arange(n_rows) % min(n_rows, 10 if n_rows < 200 else 3)
     shrinkages = SINGLE_SHRINKAGES if n_rows < ENOUGH * n_dims else (0.0,)
     scores = {Choice(1, a): score for a, score in _held_out(rows, folds, 1, shrinkages, seed).items()}
-    single = _unless_clearly_worse(scores, Choice(1, 0.0), rows)
+    single = _unless_clearly_worse(scores, Choice(1, 0.0), rows, OF_FEW[0])
     worse = 0
     near: tuple[float, ...] = SHRINKAGES
     for size in _sizes(n_rows, n_dims):
@@ -168,7 +169,7 @@ def _choose(rows: Rows, seed: int) -> Choice:
         worse = 0 if rows.w @ scores[best] > before else worse + 1
         if worse == 2:
             break
-    return _unless_clearly_worse(scores, single, rows)
+    return _unless_clearly_worse(scores, single, rows, OF_FEW[1])
 
 
 def _sizes(n_rows: int, n_dims: int) -> Iterator[int]:
@@ -185,13 +186,13 @@ def _neighbours(shrinkage: float) -> tuple[float, ...]:
     return SHRINKAGES[max(place - 1, 0) : place + 2]
 
 
-def _unless_clearly_worse(scores: dict[Choice, Array], simple: Choice, rows: Rows) -> Choice:
+def _unless_clearly_worse(scores: dict[Choice, Array], simple: Choice, rows: Rows, of_few: float) -> Choice:
     """The best choice if its mean gain over the simple one is above the standard errors asked for; else that one."""
     best = _best(scores, rows)
     gain = scores[best] - scores[simple]
     mean = float(rows.w @ gain)
     error = float(rows.w @ (gain - mean) ** 2 / len(gain)) ** 0.5
-    asked = N_STANDARD_ERRORS if len(gain) >= FEW else N_STANDARD_ERRORS_OF_FEW
+    asked = N_STANDARD_ERRORS if len(gain) >= FEW else of_few
     return best if mean > asked * error else simple
 
 
