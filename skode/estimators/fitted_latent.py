@@ -162,11 +162,14 @@ class Forecaster:
         noise = self._fitted.calibration.noise
         return Predictive(self.model.likelihood, moments.eta.detach(), moments.spread, noise, moments.degrees)
 
-    def around(self, eta: Tensor) -> Predictive:
-        """The distributions of observations around trajectories (n, n_channels)."""
-        calibration = self._fitted.calibration
-        still = torch.zeros_like(eta)
-        return Predictive(self.model.likelihood, eta.detach(), still, calibration.noise, calibration.degrees)
+    def lie_ahead(self, query: Tensor, t: Tensor) -> Tensor:
+        """Which queries (Q,) are later than all that was observed of their series."""
+        return (t > self.seen.last[query]) & (self.seen.lengths > 0)[query]
+
+    def around(self, eta: Tensor, ahead: Tensor) -> Predictive:
+        """The distributions of observations around trajectories (n, n_channels), some of them (n,) ahead."""
+        degrees = self._fitted.calibration.degrees_of(ahead.cpu()).to(eta)
+        return self.predictive(Moments(eta, torch.zeros_like(eta), degrees))
 
     def trajectories(self, query: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The decoder's values along samples (n_samples, Q, n_channels) of normal ``eps (n_series, n_samples, d)``."""

@@ -53,7 +53,8 @@ class LatentODERegressor(LatentQueries, RegressorMixin, CallbackSupportMixin, Ba
 
     Each series is a path of a latent state that follows an ordinary differential equation; an encoder reads the
     observations and tells the state at any time, a decoder tells the channels' distributions along the path [1]_ [2]_.
-    What that misses at the observations corrects the predictions nearby, as far as it helped on what was held out.
+    What that misses of a normal channel's observations corrects the predictions nearby: by a first guess, unless what
+    was held out tells otherwise.
     Every series has times of its own, and any channel may be unobserved at any of them. Times and values are scaled
     inside.
 

@@ -197,7 +197,7 @@ class LatentQueries(ClassNamePrefixFeaturesOutMixin, TransformerMixin, SeriesExp
         where = torch.from_numpy(query), torch.from_numpy(t / self._fitted.scaling.time)
         eta = self._solved(panel, lambda: forecaster.trajectories(*where, eps))[: int(n_samples)]
         of_row = row_keys(np.column_stack([_halves(keys[query]), t]), seed)
-        found = self._in_units(self._drawn(forecaster, eta, of_row, noise))
+        found = self._in_units(self._drawn(forecaster, eta, forecaster.lie_ahead(*where), of_row, noise))
         if times is not None:
             shared = not isinstance(times, pd.MultiIndex)
             n_times = len(query) // max(len(panel), 1)
@@ -242,7 +242,8 @@ class LatentQueries(ClassNamePrefixFeaturesOutMixin, TransformerMixin, SeriesExp
                 eps,
             )
         of_row = row_keys(np.column_stack([_halves(np.repeat(keys, len(t))), np.tile(t[order], n_samples)]), seed)
-        found = self._in_units(self._drawn(forecaster, eta[None], of_row, noise))[0]
+        never = torch.zeros(eta.shape[0], dtype=torch.bool)
+        found = self._in_units(self._drawn(forecaster, eta[None], never, of_row, noise))[0]
         out = np.empty((n_samples, len(t), found.shape[-1]))
         out[:, order] = found.reshape(n_samples, len(t), -1)
         return out
@@ -256,11 +257,11 @@ class LatentQueries(ClassNamePrefixFeaturesOutMixin, TransformerMixin, SeriesExp
         return Forecaster(self._fitted, series, torch.device("cpu"), self._solver())
 
     @staticmethod
-    def _drawn(forecaster: Forecaster, eta: Tensor, keys: NDArray[np.uint64], noise: bool) -> Tensor:
-        """Observations around trajectories (n_samples, Q, n_channels), or what they are expected to be."""
+    def _drawn(forecaster: Forecaster, eta: Tensor, ahead: Tensor, keys: NDArray[np.uint64], noise: bool) -> Tensor:
+        """Observations around trajectories (n_samples, Q, n_channels), some (Q,) ahead, or their expectations."""
         n, q, c = eta.shape
         flat = eta.reshape(n * q, c)
-        predictive = forecaster.around(flat)
+        predictive = forecaster.around(flat, ahead.repeat(n))
         if not noise:
             return predictive.mean().view(n, q, c)
         u = key_uniforms(keys, 2 * n * c).reshape(q, n, c, 2).swapaxes(0, 1).reshape(n * q, c, 2)

@@ -59,7 +59,14 @@ def equal_steps(
     states : tensor of shape (n_steps + 1, n, d), or (n_steps s + 1, n, d) with ``stages``
     changes : tensor of shape (n_steps + 1, n, d)
         Those in a step at the derivative at each step's end.
+
+    Raises
+    ------
+    ValueError
+        If inputs are missing, or given to a field that takes none.
     """
+    if (inputs is None) != (field.n_inputs == 0):
+        raise ValueError(f"a field with n_inputs={field.n_inputs} needs inputs exactly if it takes any.")
     known = None if inputs is None else [inputs(z.new_full((len(z), 1), u)) for u in shares(n_steps, weights)]
     layers = field.network.trainable()
     maps = [
@@ -137,16 +144,14 @@ class _Slots:
         self.stages = [step.flatten(1).mT for step in shape.by_step(self.F)]
         # Of each slot: every layer's input, product and value, the last layer's input, its product.
         kept = [0] * shape.n_slots if shape.n_kept == 1 else range(shape.n_slots)
+        firsts = [seen, *with_ones]
         self.layers = [
             (
-                list(
-                    zip(
-                        [seen[slot], *(x[i] for x in with_ones[:-1])],
-                        *([x[i] for x in y] for y in (products, values)),
-                        strict=True,
-                    )
-                ),
-                with_ones[-1][i] if n_hidden else seen[slot],
+                [
+                    (x[i if layer else slot], products[layer][i], values[layer][i])
+                    for layer, x in enumerate(firsts[:-1])
+                ],
+                firsts[-1][i if n_hidden else slot],
                 bounded[i],
             )
             for slot, i in enumerate(kept)

@@ -93,6 +93,48 @@ def outlook(
     return Outlook(eta, spread)
 
 
+class Missed(NamedTuple):
+    """Of a channel, the observations that queries look at, and what predictions miss of them."""
+
+    windows: Windows
+    errors: Tensor
+
+    def correction(self, kernel: Kernel) -> Tensor:
+        """What predictions miss at the queries (Q,)."""
+        return self.windows.correction(self.errors, kernel)
+
+
+def compared(
+    model: LatentODE,
+    series: Series,
+    query: Tensor,
+    t: Tensor,
+    inputs: HeldInputs | None,
+    options: ForecastOptions,
+    channels: list[int],
+) -> tuple[Outlook, dict[int, Missed]]:
+    """:func:`outlook`, and by channel what it misses of the observations nearby.
+
+    An observation at a query's time is predicted with the query.
+    """
+    windows = {channel: Windows(series, query, t, channel) for channel in channels}
+    rows = torch.unique(torch.cat([query.new_zeros(0), *(own.rows for own in windows.values())]))
+    asked, at = series.index[rows], series.times[rows]
+    places = torch.stack([torch.cat([query, asked]).to(at), torch.cat([t.detach().to(at), at])], dim=1)
+    distinct, number = torch.unique(places, dim=0, return_inverse=True)
+    place = number.new_full((len(distinct),), -1)
+    place[number[: len(t)]] = torch.arange(len(t), device=t.device)
+    new = place[number[len(t) :]] < 0
+    place[number[len(t) :][new]] = len(t) + torch.arange(int(new.sum()), device=t.device)
+    found = outlook(model, series, torch.cat([query, asked[new]]), torch.cat([t.to(at), at[new]]), inputs, options)
+    own = found.eta[place[number[len(t) :]]]
+    missed = {}
+    for channel, each in windows.items():
+        row = torch.searchsorted(rows, each.rows)
+        missed[channel] = Missed(each, series.values[each.rows, channel] - own[row, channel])
+    return Outlook(found.eta[: len(t)], found.disagreement[: len(t)]), missed
+
+
 def corrected(
     model: LatentODE,
     series: Series,
@@ -102,24 +144,23 @@ def corrected(
     options: ForecastOptions,
     kernels: tuple[Kernel | None, ...],
 ) -> Outlook:
-    """As :func:`outlook`, the values corrected by what the errors at observations tell of those nearby.
+    """As :func:`outlook`, the values corrected by what is missed of the observations nearby.
 
     ``series`` has rows that were observed alone; ``kernels`` one for each channel to be corrected, or nothing at all.
     """
-    if not any(kernels):
+    with_kernel = {channel: kernel for channel, kernel in enumerate(kernels) if kernel is not None}
+    if not with_kernel:
         return outlook(model, series, query, t, inputs, options)
-    windows = Windows(series, query, t)
-    asked = torch.cat([query, series.index[windows.rows]])
-    places = torch.stack([asked.to(series.times), torch.cat([t.to(series.times), series.times[windows.rows]])], dim=1)
-    places, number = torch.unique(places, dim=0, return_inverse=True)
-    found = outlook(model, series, places[:, 0].long(), places[:, 1], inputs, options)
-    eta, own = found.eta[number].split([len(t), len(windows.rows)])
-    errors = series.values[windows.rows] - own
-    shifts = [
-        eta.new_zeros(len(t)) if kernel is None else windows.correction(errors[:, channel], channel, kernel)
-        for channel, kernel in enumerate(kernels)
-    ]
-    return Outlook(eta + torch.stack(shifts, dim=1), found.disagreement[number[: len(t)]])
+    found, missed = compared(model, series, query, t, inputs, options, list(with_kernel))
+    return Outlook(found.eta + shifts(missed, with_kernel, found.eta), found.disagreement)
+
+
+def shifts(missed: dict[int, Missed], kernels: dict[int, Kernel], like: Tensor) -> Tensor:
+    """Corrections (Q, c) in the channels that have a kernel."""
+    columns = [torch.zeros_like(column) for column in like.unbind(1)]
+    for channel, kernel in kernels.items():
+        columns[channel] = missed[channel].correction(kernel)
+    return torch.stack(columns, dim=1)
 
 
 def _portions(query: Tensor) -> Iterator[slice]:

@@ -36,21 +36,23 @@ class Kernel:
 
 
 class Windows:
-    """Which rows of their series queries look at.
+    """Which observations of a channel queries look at.
 
-    Inside of a series, and before it, these are about a hundred rows around the query; ahead of it the last ones, so
-    that it does not matter what else was observed long before.
+    Inside of a series, and before it, these are about a hundred around the query; ahead of it the last ones, so that
+    it does not matter what else was observed long before.
 
     Parameters
     ----------
     series : Series
-        Rows that were observed, one at least of every series that is asked for.
     query : int64 tensor of shape (Q,)
         The series of each query.
     t : tensor of shape (Q,)
+    channel : int
     """
 
-    def __init__(self, series: Series, query: Tensor, t: Tensor) -> None:
+    def __init__(self, series: Series, query: Tensor, t: Tensor, channel: int) -> None:
+        keep = series.mask[:, channel]
+        series = series.where(keep)
         n = series.lengths[query]
         rank = series.count_until(query, t)
         most = int(n.max()) // BLOCK + 2 if len(n) else 1
@@ -62,29 +64,32 @@ class Windows:
         start = torch.where(is_last, lengths - BLOCK, (number - 1) * BLOCK).clamp(min=0)
         end = torch.where(is_last, lengths, torch.minimum((number + 2) * BLOCK, lengths))
         self._offsets, rows = ragged_rows(series.offsets[owner] + start, end - start)
-        self.rows, self._row = torch.unique(rows, return_inverse=True)
-        self._t, self._times, self._mask = t, series.times[rows], series.mask[rows]
+        self._t, self._times = t.detach(), series.times[rows]
+        rows, self._row = torch.unique(rows, return_inverse=True)
+        self.rows = torch.nonzero(keep).view(-1)[rows]
 
-    def correction(self, errors: Tensor, channel: int, kernel: Kernel) -> Tensor:
-        """A channel's expected errors (Q,) from those at the observations among ``rows`` (N',)."""
-        weights = self._weights(errors[self._row], self._mask[:, channel], kernel)
+    def correction(self, errors: Tensor, kernel: Kernel) -> Tensor:
+        """The channel's expected errors (Q,) from those at ``rows`` (N',) of the series."""
+        weights = self._weights(errors[self._row], kernel)
         out = errors.new_zeros(len(self._t))
         for pairs, rows in self._pairs():
             near = kernel.correlation((self._t[pairs] - self._times[rows]).to(errors))
-            out.index_add_(0, pairs, near * weights[rows])
+            out = out.index_add(0, pairs, near * weights[rows])
         return out
 
-    def _weights(self, errors: Tensor, seen: Tensor, kernel: Kernel) -> Tensor:
-        """(K + I / ratio)^-1 errors of every window's rows; 0 for rows that were not observed."""
+    def _weights(self, errors: Tensor, kernel: Kernel) -> Tensor:
+        """(K + I / ratio)^-1 errors of every window's rows."""
         out = torch.zeros_like(errors)
-        for group in groups(self._offsets):
-            t, there = group.padded(self._times), group.padded(seen)
-            both = there.unsqueeze(2) & there.unsqueeze(1)
-            covariance = kernel.correlation((t.unsqueeze(2) - t.unsqueeze(1)).to(errors)) * both
-            known = torch.where(there, group.padded(errors), 0.0)
-            covariance.diagonal(dim1=1, dim2=2).add_(torch.ones_like(known).masked_fill(there, 1 / kernel.ratio))
-            found = torch.cholesky_solve(known.unsqueeze(2), torch.linalg.cholesky(covariance)).squeeze(2)
-            out[group.rows[group.present]] = torch.where(there, found, 0.0)[group.present]
+        for group in groups(self._offsets) if len(errors) else ():
+            portion = max(1, PAIRS_AT_ONCE // group.rows.shape[1] ** 2)
+            for rows, there in zip(group.rows.split(portion), group.present.split(portion), strict=True):
+                rows = torch.where(there, rows, 0)
+                t, known = self._times[rows], torch.where(there, errors[rows], 0.0)
+                both = there.unsqueeze(2) & there.unsqueeze(1)
+                covariance = kernel.correlation((t.unsqueeze(2) - t.unsqueeze(1)).to(errors)) * both
+                covariance.diagonal(dim1=1, dim2=2).add_(torch.ones_like(known).masked_fill(there, 1 / kernel.ratio))
+                found = torch.cholesky_solve(known.unsqueeze(2), torch.linalg.cholesky(covariance)).squeeze(2)
+                out = out.index_put((rows[there],), found[there])
         return out
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:

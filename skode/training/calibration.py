@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from skode.models import LatentODE, Series
-from skode.models.forecast import ForecastOptions, Outlook, outlook
-from skode.models.kriging import Kernel, Windows
+from skode.models.forecast import ForecastOptions, Missed, Outlook, compared, outlook, shifts
+from skode.models.kriging import Kernel
 from skode.models.predictive import Calibration, Predictive, Spread
 from skode.training.windows import HeldOut, observed
 
@@ -71,12 +71,17 @@ def _held_out_outlook(
     model: LatentODE, task: HeldOut, options: ForecastOptions, *, only_ahead: bool = False
 ) -> tuple[Tensor, Outlook, Series]:
     """Which held-out rows lie ahead of what is given, what is predicted of them, and they themselves."""
-    given, target = observed(task.given), task.target
-    target = target.where((given.lengths > 0)[target.index])
-    ahead = target.times > given.last[target.index]
+    given, target, ahead = _held_out(task)
     if only_ahead:
         target, ahead = target.where(ahead), ahead[ahead]
     return ahead, outlook(model, given, target.index, target.times, task.inputs, options), target
+
+
+def _held_out(task: HeldOut) -> tuple[Series, Series, Tensor]:
+    """What is given, the rows to be predicted of series that have anything given, and which of them lie ahead."""
+    given, target = observed(task.given), task.target
+    target = target.where((given.lengths > 0)[target.index])
+    return given, target, target.times > given.last[target.index]
 
 
 def distances(given: Series, query: Tensor, t: Tensor) -> Tensor:
@@ -108,25 +113,23 @@ def calibrate(model: LatentODE, tasks: list[HeldOut], options: ForecastOptions) 
         Near a first guess where little was held out.
     """
     n_channels = len(model.config.families)
-    parts = [_compared(model, task, options) for task in tasks]
+    normal = [channel for channel, family in enumerate(model.config.families) if family == "gaussian"]
+    parts = [_compared(model, task, options, normal) for task in tasks]
     if not any(bool(part.mask.any()) for part in parts):
         return Calibration.plain(n_channels)
-    kernels = tuple(
-        _kernel(parts, channel) if family == "gaussian" else None
-        for channel, family in enumerate(model.config.families)
-    )
-    kernels = kernels if any(kernels) else ()
-    eta = torch.cat([part.eta + part.shifts(kernels) for part in parts])
+    chosen = {channel: kernel for channel in normal if (kernel := _kernel(parts, channel)) is not None}
+    eta = torch.cat([part.eta + shifts(part.missed, chosen, part.eta) for part in parts])
     disagreement, y, mask, ahead, distance = (
         torch.cat([getattr(part, name) for part in parts])
         for name in ("disagreement", "y", "mask", "ahead", "distance")
     )
+    kernels = tuple(chosen.get(channel) for channel in range(n_channels)) if chosen else ()
     return replace(_fitted(model, eta, disagreement, y, mask, ahead, distance), kernels=kernels)
 
 
 @dataclass(frozen=True, eq=False)
 class _Compared:
-    """Held-out values ``y`` (Q, c) beside what is predicted of them, and the errors at the observations before."""
+    """Held-out values ``y`` (Q, c) beside what is predicted of them, and what is missed of the observations."""
 
     eta: Tensor
     disagreement: Tensor
@@ -134,60 +137,38 @@ class _Compared:
     mask: Tensor
     ahead: Tensor
     distance: Tensor
-    windows: Windows
-    errors: Tensor
-
-    def shifts(self, kernels: tuple[Kernel | None, ...]) -> Tensor:
-        """Corrections (Q, c)."""
-        out = torch.zeros_like(self.eta)
-        for channel, kernel in enumerate(kernels):
-            if kernel is not None:
-                out[:, channel] = self.windows.correction(self.errors[:, channel], channel, kernel)
-        return out
+    missed: dict[int, Missed]
 
 
 @torch.no_grad()
-def _compared(model: LatentODE, task: HeldOut, options: ForecastOptions) -> _Compared:
-    ahead, found, target = _held_out_outlook(model, task, options)
-    given = observed(task.given).to("cpu", torch.float64)
-    query, t = target.index.cpu(), target.times.cpu()
-    windows = Windows(given, query, t)
-    rows = windows.rows.to(target.times.device)
-    there = observed(task.given)
-    own = outlook(model, there, there.index[rows], there.times[rows], task.inputs, options)
-    return _Compared(
-        found.eta.cpu().double(),
-        found.disagreement.cpu().double(),
-        target.values.cpu().double(),
-        target.mask.cpu(),
-        ahead.cpu(),
-        distances(task.given, target.index, target.times).cpu().double(),
-        windows,
-        given.values[windows.rows] - own.eta.cpu().double(),
-    )
+def _compared(model: LatentODE, task: HeldOut, options: ForecastOptions, channels: list[int]) -> _Compared:
+    given, target, ahead = _held_out(task)
+    found, missed = compared(model, given, target.index, target.times, task.inputs, options, channels)
+    distance = distances(given, target.index, target.times)
+    return _Compared(found.eta, found.disagreement, target.values, target.mask, ahead, distance, missed)
 
 
 def _kernel(parts: list[_Compared], channel: int) -> Kernel | None:
     """The one that makes a channel's errors least likely to be that large, near a guess; None if none is worth it."""
-    sides = [(part, side & part.mask[:, channel]) for part in parts for side in (part.ahead, ~part.ahead)]
+    if not any(bool(part.mask[:, channel].any()) for part in parts):
+        return None
 
     def cost(kernel: Kernel | None) -> float:
         """Twice the negative log-likelihood of errors whose variances, inside and ahead, suit them best."""
-        shifts = [part.shifts((None,) * channel + (kernel,))[:, channel] for part in parts]
-        total = 0.0
-        for first in (0, 1):
-            squares = torch.cat(
-                [
-                    (part.y[:, channel] - part.eta[:, channel] - shift)[own].square()
-                    for (part, own), shift in zip(sides[first::2], shifts, strict=True)
-                ]
-            )
+        total = WORTH if kernel is None else _doubt(kernel)
+        sides: tuple[list[Tensor], list[Tensor]] = [], []
+        for part in parts:
+            error = part.y[:, channel] - part.eta[:, channel]
+            if kernel is not None:
+                error = error - part.missed[channel].correction(kernel)
+            for side, own in zip(sides, (part.ahead, ~part.ahead), strict=True):
+                side.append(error[own & part.mask[:, channel]].square())
+        for squares in map(torch.cat, sides):
             if len(squares):
                 total += len(squares) * math.log(max(float(squares.mean()), 1e-12))
-        return total + (WORTH if kernel is None else _doubt(kernel))
+        return total
 
-    best = min((None, *KERNELS), key=cost)
-    return best
+    return min((None, *KERNELS), key=cost)
 
 
 def _doubt(kernel: Kernel) -> float:
@@ -195,10 +176,11 @@ def _doubt(kernel: Kernel) -> float:
     return SURE_OF_KERNEL * (math.log2(length) ** 2 + (0.5 * math.log2(ratio)) ** 2)
 
 
-def _fitted(
-    model: LatentODE, eta: Tensor, disagreement: Tensor, y: Tensor, mask: Tensor, ahead: Tensor, distance: Tensor
-) -> Calibration:
-    """Maximum a posteriori by Adam."""
+def _fitted(model: LatentODE, *held_out: Tensor) -> Calibration:
+    """Maximum a posteriori by Adam, of values, disagreement, what was held out, its mask, side and distance."""
+    eta, disagreement, y, mask, ahead, distance = (
+        x.cpu().double() if x.is_floating_point() else x.cpu() for x in held_out
+    )
     likelihood = model.likelihood
     guess = torch.tensor(GUESS, dtype=torch.float64)
     spreads = guess.clone().requires_grad_()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def set_gradients(parameters: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:
-    """Give each parameter its gradient, in the parameter's own layout of memory.
+    """Give each parameter, which must fill its memory, its gradient in the parameter's own layout.
 
     torch's fused optimizers read both in the order of memory: the gradient of a weight that a field uses transposed, or
     as a part of a larger matrix, would move other weights than its own.

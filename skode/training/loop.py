@@ -368,6 +368,11 @@ class _Adam:
             step, mean, square = moments[3 * i : 3 * i + 3]
             self._adam.state[parameter] = {
                 "step": torch.tensor(float(step), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.from_numpy(mean.copy()).to(parameter),
-                "exp_avg_sq": torch.from_numpy(square.copy()).to(parameter),
+                "exp_avg": _laid_out(mean, parameter),
+                "exp_avg_sq": _laid_out(square, parameter),
             }
+
+
+def _laid_out(values: NDArray[Any], parameter: Tensor) -> Tensor:
+    """Numbers in a parameter's layout of memory, as the fused optimizer reads them."""
+    return torch.empty_like(parameter).detach().copy_(torch.from_numpy(values))

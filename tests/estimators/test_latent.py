@@ -1,6 +1,8 @@
 """LatentODERegressor: series of irregular times as rows of X."""
 
+import copy
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,6 +15,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from skode import LatentODERegressor, Panel
 from skode.model_selection import SeriesKFold
+from skode.models.kriging import Kernel
 from tests.estimators.series import QUICK, SMALL, long_frame, panel_of, waves
 
 
@@ -394,3 +397,23 @@ def test_static_covariates_count():
     hidden = frame.assign(y=frame["y"].where(frame["t"] < 1))
     found = model.predict(hidden)["y"].to_numpy()
     assert np.corrcoef(found[frame["t"] == 3], frame.loc[frame["t"] == 3, "y"])[0, 1] > 0.9
+
+
+def test_what_is_missed_at_observations_corrects_predictions_nearby(quick):
+    corrected, plain = (copy.deepcopy(quick) for _ in range(2))
+    for model, kernels in ((corrected, (Kernel(0.5, 1e6),)), (plain, ())):
+        calibration = replace(model._fitted.calibration, kernels=kernels)
+        model._fitted = model._fitted._replace(calibration=calibration)
+    panel = panel_of(6, 5)
+    truth = panel.values
+    errors = [np.nanmean((model.predict(panel).values - truth) ** 2) for model in (corrected, plain)]
+    assert errors[0] < 0.01 * errors[1]  # hardly any noise is believed in
+    last = panel.offsets[1:] - 1
+    later = [model.predict(panel, horizon=[1e-6])[:, 0, 0] for model in (corrected, plain)]
+    off = [np.nanmean((found - truth[last, 0]) ** 2) for found in later]
+    assert off[0] < 0.01 * off[1]
+
+
+def test_dynamics_without_hidden_layers_fit():
+    model = LatentODERegressor(max_iter=6, hidden_layer_sizes=(), random_state=0).fit(panel_of(6, 5))
+    assert np.isfinite(model.predict(panel_of(2, 6)).values).all()

@@ -22,8 +22,8 @@ def errors_of(series: Series, seed: int = 3) -> Tensor:
 
 
 def found(series: Series, errors: Tensor, query: Tensor, t: Tensor, channel: int = 0) -> Tensor:
-    windows = Windows(series, query, t)
-    return windows.correction(errors[windows.rows, channel], channel, KERNEL)
+    windows = Windows(series, query, t, channel)
+    return windows.correction(errors[windows.rows, channel], KERNEL)
 
 
 def dense(times: np.ndarray, errors: np.ndarray, t: np.ndarray) -> np.ndarray:
@@ -81,6 +81,25 @@ def test_corrections_do_not_depend_on_other_series_or_queries() -> None:
         )
 
 
+def test_a_rare_channel_is_looked_at_as_far_away_as_it_was_observed() -> None:
+    series = panel([3 * BLOCK])
+    mask = torch.zeros_like(series.mask)
+    mask[:, 0], mask[1, 1] = True, True
+    series = series.hidden(torch.ones_like(mask))
+    series = Series.of(series.offsets, series.times, series.values, mask)
+    t = torch.tensor([0.9, 1.2], dtype=torch.float64)
+    wanted = (-(t - series.times[1]) / KERNEL.length).exp() / (1 + 1 / KERNEL.ratio)
+    torch.testing.assert_close(found(series, torch.ones(len(mask), 2).double(), torch.zeros(2).long(), t, 1), wanted)
+
+
+def test_portions_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    series = panel([40, 70, 9, 30])
+    query, t = series.index, series.times + 0.003
+    together = found(series, errors_of(series), query, t)
+    monkeypatch.setattr("skode.models.kriging.PAIRS_AT_ONCE", 50)
+    torch.testing.assert_close(found(series, errors_of(series), query, t), together, rtol=1e-12, atol=1e-13)
+
+
 def test_no_query_gets_no_correction() -> None:
     series = panel([4, 2])
     assert found(series, errors_of(series), torch.zeros(0, dtype=torch.int64), torch.zeros(0)).shape == (0,)
@@ -103,6 +122,20 @@ def test_forecasts_are_corrected_in_the_channels_that_have_a_kernel() -> None:
     torch.testing.assert_close(moved.eta[:, 1], plain.eta[:, 1] + shift, rtol=1e-9, atol=1e-11)
     off = lambda eta: float((eta[:, 1] - series.values[:, 1])[series.mask[:, 1]].square().mean())  # noqa: E731
     assert off(moved.eta) < off(plain.eta)
+
+
+def test_corrected_forecasts_have_the_gradient_of_their_times() -> None:
+    series = panel([6, 9])
+    model = LatentODE(LatentConfig(("gaussian",) * 2, 0, 1, latent_dim=2), torch.Generator().manual_seed(0)).double()
+    query, inputs = torch.tensor([0, 1, 1]), HeldInputs(series)
+    t = torch.stack([series.times[2], series.times[8], series.times[8] + 0.2])  # two of them at observations
+    slopes = []
+    for kernels in ((), (None, KERNEL)):
+        own = t.clone().requires_grad_()
+        eta = corrected(model, series, query, own, inputs, OPTIONS, kernels).eta[:, 0]
+        slopes.append(torch.autograd.grad(eta.sum(), own)[0])
+    torch.testing.assert_close(*slopes, rtol=1e-6, atol=1e-8)
+    assert float(slopes[0].abs().min()) > 0
 
 
 def test_series_without_observations_are_not_corrected() -> None:

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from skode.exceptions import DivergenceError
 from skode.models import HeldInputs, LatentConfig, LatentODE, Rows, Series, SolverOptions
-from skode.models.forecast import ForecastOptions, outlook
+from skode.models.forecast import ForecastOptions, Missed, corrected, outlook
 from skode.models.kriging import Windows
 from skode.models.predictive import Calibration, Predictive
 from skode.models.series import offsets_of
 from skode.models.trajectories import Prior, fit_prior, log_bound, posterior_eta, prior_eta
 from skode.training import LatentData, LatentHistory, LatentOptions, train_latent
 from skode.training.calibration import (
-    GUESSED_KERNEL,
     _Compared,
     _degrees,
     _held_out_outlook,
@@ -81,8 +80,9 @@ def test_calibrated_bands_cover_what_they_say() -> None:
     options = ForecastOptions(SOLVER, choose_stride(model, data.held_out, ForecastOptions(SOLVER)))
     calibration = calibrate(model, held_out_tasks(sines(150, 5), torch.Generator().manual_seed(0), (0.3, 0.6)), options)
     series = sines(300, 3, stop=1.5, each=40)
-    given = series.where(series.times < 1.0)
-    found = outlook(model, given, series.index, series.times, None, options)
+    half = torch.rand(len(series.times), generator=torch.Generator().manual_seed(1)) < 0.5
+    given, series = series.where((series.times < 1.0) & half), series.where((series.times >= 1.0) | ~half)
+    found = corrected(model, given, series.index, series.times, None, options, calibration.kernels)
     ahead = series.times > given.last[series.index]
     spread = calibration.spread(found.disagreement, distances(given, series.index, series.times), ahead)
     degrees = calibration.degrees_of(ahead)
@@ -370,10 +370,11 @@ def held_out_errors(shared: float, n: int = 40, seed: int = 0) -> list[_Compared
     level = shared * torch.randn(n, 1, generator=generator, dtype=torch.float64)
     errors = level[series.index] + 0.1 * torch.randn(8 * n, 1, generator=generator, dtype=torch.float64)
     y = level[query] + 0.1 * torch.randn(2 * n, 1, generator=generator, dtype=torch.float64)
-    windows = Windows(series, query, asked)
+    windows = Windows(series, query, asked, 0)
     everything = torch.ones_like(y, dtype=torch.bool)
     zero = torch.zeros_like(y)
-    return [_Compared(zero, zero, y, everything, asked > 1, asked, windows, errors[windows.rows])]
+    missed = {0: Missed(windows, errors[windows.rows, 0])}
+    return [_Compared(zero, zero, y, everything, asked > 1, asked, missed)]
 
 
 def test_errors_that_a_series_shares_are_interpolated_and_white_ones_are_not() -> None:
@@ -382,7 +383,8 @@ def test_errors_that_a_series_shares_are_interpolated_and_white_ones_are_not() -
     assert _kernel(held_out_errors(0.0), 0) is None
 
 
-def test_without_evidence_the_guessed_kernel_is_taken() -> None:
+def test_a_channel_of_which_nothing_was_held_out_is_not_corrected() -> None:
     parts = held_out_errors(0.3, n=1)
+    assert _kernel(parts, 0) is not None
     parts[0].mask[:] = False
-    assert _kernel(parts, 0) == GUESSED_KERNEL
+    assert _kernel(parts, 0) is None
