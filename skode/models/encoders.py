@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from skode.models.kernel_statistics import FAR, kernel_statistics
 from skode.models.layers import Perceptron, drawn_linear
 from skode.models.series import Series, groups
 from skode.runtime import own_randomness
 
 LOG_STD_RANGE = (-7.0, 2.0)
-FAR = 1e6  # where padding is
 
 
 @dataclass(frozen=True)
@@ -196,26 +196,9 @@ class KernelEncoder(Encoder):
     def statistics(self, read: Read) -> Tensor:
         """What the kernels see, (g, r, 4 * n_kernels * p)."""
         g, r, n = read.dt.shape
-        p, k = read.x.shape[2], len(self.offset)
-        width = self.log_width.exp()
-        # Half the squared distance in widths, (g r, K, n); padding is very far away.
-        dt = torch.where(read.present.unsqueeze(1), read.dt, FAR).view(g * r, 1, n)
-        narrow = (0.5**0.5 / width).unsqueeze(1)
-        half = (dt * narrow - self.offset.unsqueeze(1) * narrow).square()
-        nearest = half.detach().amin(dim=2, keepdim=True).clamp(max=1e4)
-        # Never as small as to be slow: subnormal numbers are.
-        weight = (nearest - half).clamp(min=-40.0).exp()
-        seen = read.seen.unsqueeze(1).expand(-1, r, -1, -1)
-        x = (read.x * read.seen).unsqueeze(1).expand(-1, r, -1, -1)
-        dt = read.dt.unsqueeze(3)
-        sums = torch.bmm(weight, torch.cat([seen, x, seen * dt, x * dt], dim=3).reshape(g * r, n, 4 * p))
-        count, total, time, product = sums.view(g, r, k, 4 * p).split(p, dim=3)
-        share = 1 / (count + 1e-6)
-        mean, late = total * share, time * share
-        slope = (product * share - mean * late) / width.unsqueeze(1)
-        offset = 3 * torch.tanh((late - self.offset.unsqueeze(1)) / (3 * width.unsqueeze(1)))
-        density = torch.logaddexp((count + 1e-6).log() - nearest.view(g, r, k, 1), count.new_tensor(-8.0)) / 4
-        return torch.cat([mean, slope, offset, density], dim=3).flatten(2)
+        dt = torch.where(read.present.unsqueeze(1), read.dt, FAR).view(g * r, n)
+        seen, x = (part.repeat_interleave(r, dim=0) for part in (read.seen, read.x * read.seen))
+        return kernel_statistics(dt, x, seen, self.offset, self.log_width).view(g, r, -1)
 
 
 class RecurrentEncoder(Encoder):
