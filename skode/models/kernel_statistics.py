@@ -22,7 +22,7 @@ from skode.solver.arena import Lease, lease
 FAR = 1e6  # where padding is
 LEAST = 1e-6  # an observation's share of these is added to their number
 FARTHEST = 1e4  # half squared distances of the nearest row that are told apart
-SMALLEST = -40.0  # log of a weight over the largest; less would be slow, as subnormal numbers are
+SMALLEST = -40.0  # log of a weight over the largest; less is 0: subnormal numbers would be slow
 NOTHING = 8.0  # less the log density of nothing
 PARTS = 4
 HALF = 0.5**0.5
@@ -84,7 +84,7 @@ class _Statistics(torch.autograd.Function):
         torch.mul(dt.unsqueeze(2), narrow, out=u).sub_(offset * narrow)
         torch.mul(u, u, out=weight)
         nearest = weight.amin(dim=1, keepdim=True).clamp_(max=FARTHEST)
-        torch.sub(nearest, weight, out=weight).clamp_(min=SMALLEST).exp_()
+        torch.threshold_(torch.sub(nearest, weight, out=weight), SMALLEST, -math.inf).exp_()
         count, total, time, product = torch.bmm(read.mT, weight).split(p, dim=1)
         share = (count + LEAST).reciprocal_()
         mean, late, both = total * share, time * share, product * share

@@ -1,0 +1,82 @@
+"""What kernels see, in one node of autograd: against the same in plain operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from skode.models.kernel_statistics import FAR, LEAST, kernel_statistics
+
+
+def plain(dt: Tensor, values: Tensor, seen: Tensor, offset: Tensor, log_width: Tensor) -> Tensor:
+    """The definition; the distance of the nearest row is a number that is divided out, not a function."""
+    width = log_width.exp()
+    half = 0.5 * ((dt.unsqueeze(1) - offset.unsqueeze(1)) / width.unsqueeze(1)).square()
+    nearest = half.detach().amin(dim=2, keepdim=True).clamp(max=1e4)
+    weight = torch.where(nearest - half > -40.0, (nearest - half).exp(), 0.0)
+    time = dt.unsqueeze(2)
+    count, total, late, product = (weight @ x for x in (seen, values, seen * time, values * time))
+    mean, late, product = (x / (count + LEAST) for x in (total, late, product))
+    slope = (product - mean * late) / width.unsqueeze(1)
+    place = 3 * torch.tanh((late - offset.unsqueeze(1)) / (3 * width.unsqueeze(1)))
+    density = torch.logaddexp((count + LEAST).log() - nearest, count.new_tensor(-8.0)) / 4
+    return torch.stack([mean, slope, place, density], dim=2)
+
+
+def rows(g: int, n: int, p: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Times after the references, values and masks; the last rows of some are padding, one reference is far away."""
+    draws = torch.Generator().manual_seed(0)
+    dt = 2 * torch.rand(g, n, generator=draws, dtype=torch.float64) - 1
+    seen = (torch.rand(g, n, p, generator=draws, dtype=torch.float64) < 0.7).double()
+    dt[0] += 3.0
+    if g > 1:
+        dt[1, n // 2 :], seen[1, n // 2 :] = FAR, 0.0
+    return dt.to(dtype), (torch.randn(g, n, p, generator=draws, dtype=torch.float64) * seen).to(dtype), seen.to(dtype)
+
+
+def windows(k: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    offset = torch.linspace(-1.0, 1.0, k, dtype=torch.float64)
+    return [x.to(dtype).requires_grad_() for x in (offset, (0.1 + 0.3 * offset.abs()).log())]
+
+
+@pytest.mark.parametrize("shape", [(4, 9, 1, 5), (3, 1, 2, 4), (6, 12, 13, 8)])
+def test_statistics_and_gradients_are_those_of_plain_operations(shape: tuple[int, int, int, int]) -> None:
+    g, n, p, k = shape
+    data, own = rows(g, n, p), windows(k)
+    found, expected = kernel_statistics(*data, *own), plain(*data, *own)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    cotangent = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    pulled = (torch.autograd.grad(x, own, cotangent) for x in (found, expected))
+    for ours, theirs in zip(*pulled, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_are_those_of_finite_differences_where_windows_are_wide() -> None:
+    dt, values, seen = rows(5, 7, 2)
+    dt[0] -= 3.0
+    offset, log_width = windows(3)
+    own = [offset, (log_width.detach() + 1.5).requires_grad_()]
+    # The nearest row's distance counts as a constant; how much it matters is of the size of LEAST then.
+    assert torch.autograd.gradcheck(
+        lambda *w: kernel_statistics(dt, values, torch.ones_like(seen), *w), own, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_passes_that_wait_for_their_gradient_keep_their_memory() -> None:
+    first, second = rows(4, 9, 1), tuple(-x for x in rows(4, 9, 1)[:2])
+    own = windows(5)
+    expected = torch.autograd.grad(plain(*first, *own).sum(), own)
+    one = kernel_statistics(*first, *own)
+    kernel_statistics(second[0], second[1], first[2], *own)
+    with torch.no_grad():
+        kernel_statistics(second[0], second[1], first[2], *own)
+    for retain in (True, False):
+        torch.testing.assert_close(torch.autograd.grad(one.sum(), own, retain_graph=retain), expected)
+
+
+def test_float32_is_as_exact_as_its_digits() -> None:
+    single, double = torch.float32, torch.float64
+    found = kernel_statistics(*rows(4, 40, 2, single), *windows(6, single))
+    exact = kernel_statistics(*rows(4, 40, 2), *windows(6))
+    torch.testing.assert_close(found.to(double), exact, rtol=1e-3, atol=1e-4)
