@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from skode.fields.activations import Activation, get_activation
-from skode.fields.latent import Inputs, LatentField
+from skode.fields.latent import LatentField
 from skode.solver.arena import Lease, lease
 from skode.solver.unrolled import Weights
 
@@ -34,7 +34,7 @@ def equal_steps(
     h: Tensor,
     n_steps: int,
     weights: Weights,
-    inputs: Inputs | None = None,
+    inputs: Tensor | None = None,
     *,
     stages: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -49,8 +49,8 @@ def equal_steps(
     n_steps : int
     weights : Weights
         Of an explicit method.
-    inputs : callable, optional
-        Known inputs at the shares ``(n, 1)`` of the way, 0 to 1. They get no gradient.
+    inputs : tensor of shape (n_steps s + 1, n, k), optional
+        Known inputs at the :func:`shares` of the way. They get no gradient.
     stages : bool, default=False
         Whether the states of all stages are given.
 
@@ -67,7 +67,6 @@ def equal_steps(
     """
     if (inputs is None) != (field.n_inputs == 0):
         raise ValueError(f"a field with n_inputs={field.n_inputs} needs inputs exactly if it takes any.")
-    known = None if inputs is None else [inputs(z.new_full((len(z), 1), u)) for u in shares(n_steps, weights)]
     layers = field.network.trainable()
     maps = [
         torch.cat([weight, shift.unsqueeze(1)], dim=1) for weight, shift in zip(layers[::2], layers[1::2], strict=True)
@@ -75,7 +74,7 @@ def equal_steps(
     parameters = (field.matrix(), field.reach.unsqueeze(1), *maps)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (z, *parameters))
     plan = _Plan(field.network.activation, weights, n_steps, keep, 1 if stages else len(weights.b))
-    found: tuple[Tensor, Tensor] = _Steps.apply(plan, known, h, z, *parameters)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, Tensor] = _Steps.apply(plan, inputs, h, z, *parameters)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -187,9 +186,7 @@ def _leased(kind: type[Views], shape: _Shape, like: Tensor) -> Lease[Views]:
 class _Path:
     """One pass through the field, and the way back; a few rows that stand still fill up the memory."""
 
-    def __init__(
-        self, plan: _Plan, known: list[Tensor] | None, h: Tensor, z: Tensor, parameters: Sequence[Tensor]
-    ) -> None:
+    def __init__(self, plan: _Plan, known: Tensor | None, h: Tensor, z: Tensor, parameters: Sequence[Tensor]) -> None:
         self.plan, self.n_rows = plan, len(z)
         self.matrix, self.reach, *self.maps = parameters
         n, d = -(-len(z) // FULL) * FULL, z.shape[1]
@@ -201,7 +198,7 @@ class _Path:
         self.h = self._filled(h)
         if known is not None:
             slots.known[..., len(z) :] = 0
-            slots.known[..., : len(z)] = torch.stack(known).mT
+            slots.known[..., : len(z)] = known.mT
         slots.y[0].copy_(self._filled(z))
 
     def _filled(self, rows: Tensor) -> Tensor:
@@ -297,7 +294,7 @@ class _Steps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: _Plan, known: list[Tensor] | None, h: Tensor, z: Tensor, *parameters: Tensor
+        ctx: Any, plan: _Plan, known: Tensor | None, h: Tensor, z: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         path = _Path(plan, known, h, z, parameters)
         path.forward()

@@ -130,6 +130,8 @@ class LatentODE(nn.Module):
         self.head: Perceptron | None = None
         if config.n_targets:
             self.head = Perceptron([3 * d + config.n_static, 64, config.n_targets], generator)
+            with torch.no_grad():
+                self.head.layers[-1].weight.zero_()  # type: ignore[operator]  # targets begin as their mean
 
     @torch.no_grad()
     def _start_from_levels(self) -> None:
@@ -232,11 +234,13 @@ class LatentODE(nn.Module):
         row = active % n
         durations = (ends[active] * torch.where(active < n, 1.0, -1.0)).unsqueeze(1)
         k = int(min(max(2, math.ceil(float(ends.max()) * steps_per_unit - 1e-6)), MOST_STEPS))
-        known = None if inputs is None else inputs.along(rows.series[row], rows.t[row], durations.to(rows.t.dtype))
+        stretch = rows.series[row], rows.t[row], durations.to(rows.t.dtype)
         start, counts = rows.z[row], window is not None
         if gradient == "discrete":
-            y, slopes, events = self._stepped(start, durations, k, known, counts=counts)
+            at = None if inputs is None else inputs.at_shares(*stretch, shares(k, RK4))
+            y, slopes, events = self._stepped(start, durations, k, at, counts=counts)
         else:
+            known = None if inputs is None else inputs.along(*stretch)
             y, slopes, events = self._solved(start, durations, k, known, gradient, counts=counts)
         column = moves.cumsum(0) - 1
         side = place + n * back
@@ -247,7 +251,7 @@ class LatentODE(nn.Module):
         return Path(z, events.new_zeros(n).index_add(0, row, events))
 
     def _stepped(
-        self, z: Tensor, durations: Tensor, k: int, known: Inputs | None, *, counts: bool
+        self, z: Tensor, durations: Tensor, k: int, known: Tensor | None, *, counts: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """States (k + 1, n, d) at the ends of k steps, their changes in a step at those rates, numbers of events (n,).
 
@@ -262,13 +266,10 @@ class LatentODE(nn.Module):
             return states, changes, None
         return states[:: len(RK4.b)], changes, self._events(states[:-1], h, k, known)
 
-    def _events(self, stages: Tensor, h: Tensor, k: int, known: Inputs | None) -> Tensor:
+    def _events(self, stages: Tensor, h: Tensor, k: int, known: Tensor | None) -> Tensor:
         """Their expected number (n,), by the steps' own weights from the states at all stages, (k s, n, d)."""
-        n = len(h)
-        inputs = None
-        if known is not None:
-            inputs = torch.cat([known(h.new_full((n, 1), share)) for share in shares(k, RK4)[:-1]])
-        rates = self.field.rate(stages.flatten(0, 1), inputs).view(-1, n)
+        inputs = None if known is None else known[:-1].flatten(0, 1)
+        rates = self.field.rate(stages.flatten(0, 1), inputs).view(-1, len(h))
         return h.abs().squeeze(1) * (rates.new_tensor(RK4.b * k) @ rates)
 
     def _solved(

@@ -6,7 +6,7 @@ Symbols: B series, N observations in all, c channels, k known inputs over time, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -292,3 +292,10 @@ class HeldInputs:
     def along(self, series: Tensor, start: Tensor, durations: Tensor) -> Callable[[Tensor], Tensor]:
         """For rows that start at times (n,) and last (n, 1): a function of the share of it that has gone, (n, 1)."""
         return lambda u: self.at(series, start + (u.to(start.dtype) * durations).squeeze(1))
+
+    def at_shares(self, series: Tensor, start: Tensor, durations: Tensor, shares: Sequence[float]) -> Tensor:
+        """For rows as of :meth:`along` the inputs (m, n, k + s) at m shares of the way."""
+        distinct = sorted(set(shares))
+        t = start + start.new_tensor(distinct).unsqueeze(1) * durations.squeeze(1)
+        found = self.at(series.repeat(len(distinct)), t.flatten()).view(len(distinct), len(series), -1)
+        return found[[distinct.index(share) for share in shares]]

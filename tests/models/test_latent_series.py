@@ -106,3 +106,11 @@ def test_inputs_along_rows_run_from_their_starts() -> None:
     along = inputs.along(ids, start, torch.tensor([[-0.8], [0.6]], dtype=torch.float64))
     u = torch.tensor([[0.5], [0.5]], dtype=torch.float64)
     assert torch.equal(along(u), inputs.at(ids, torch.tensor([0.5, 0.4], dtype=torch.float64)))
+
+
+def test_inputs_at_shares_are_those_along_rows() -> None:
+    inputs = HeldInputs(panel([4, 6], n_covariates=2))
+    stretch = torch.tensor([1, 0, 0]), torch.tensor([0.9, 0.1, 0.3]).double(), torch.tensor([[-0.8], [0.6], [0.0]])
+    along, shares = inputs.along(*stretch), [0.0, 0.5, 0.5, 1.0]
+    found = inputs.at_shares(*stretch, shares)
+    assert torch.equal(found, torch.stack([along(torch.full((3, 1), share).double()) for share in shares]))
