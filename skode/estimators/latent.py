@@ -111,7 +111,7 @@ class LatentODERegressor(LatentQueries, RegressorMixin, CallbackSupportMixin, Ba
         Falls to 0 as a cosine.
     max_iter : int, optional
         Updates. None: 25 times the square root of the number of observed values, 600 at least and 3000 at most; with
-        targets 4 times and 60 at least, for point processes 6 times.
+        targets 3 times and 60 at least, for point processes 6 times.
     shuffle : bool, default=True
         Whether series come in random order.
     random_state : int, RandomState, Generator or None

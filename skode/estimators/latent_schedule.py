@@ -12,7 +12,7 @@ from skode.panel import Panel
 from skode.training import LatentOptions
 
 # Updates: at least, and for the square root of the number of observed values.
-UPDATES, UPDATES_FOR_TARGETS, UPDATES_FOR_EVENTS = (600, 25.0), (60, 4.0), (400, 6.0)
+UPDATES, UPDATES_FOR_TARGETS, UPDATES_FOR_EVENTS = (600, 25.0), (60, 3.0), (400, 6.0)
 MOST_UPDATES = 3_000
 UPDATES_A_CHECK, MOST_CHECKS = 10, 20
 FEWEST_WINDOWS = 16  # of an update

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from skode.models.kernel_statistics import FAR, kernel_statistics
+from skode.models.kernel_statistics import FAR, kernel_statistics, local_sums
 from skode.models.layers import Perceptron, drawn_linear
 from skode.models.series import Series, groups
 from skode.runtime import own_randomness
@@ -54,6 +54,14 @@ class Read(NamedTuple):
     dt: Tensor
     present: Tensor
     static: Tensor
+
+    def after(self) -> Tensor:
+        """Times after the references, a reference a row (g r, n); padding is very far away."""
+        return torch.where(self.present.unsqueeze(1), self.dt, FAR).flatten(0, 1)
+
+    def at_references(self, x: Tensor) -> Tensor:
+        """What is of a series (g, ...) at each of its references, (g r, ...)."""
+        return x if self.dt.shape[1] == 1 else x.repeat_interleave(self.dt.shape[1], dim=0)
 
 
 class Encoder(nn.Module, ABC):
@@ -151,15 +159,12 @@ class Level(nn.Module):
     def forward(self, read: Read) -> Tensor:
         """Of a padded group, (g, r, n_channels)."""
         c = self.n_channels
-        distance = torch.where(read.present.unsqueeze(1), read.dt.abs(), FAR).unsqueeze(2)
-        scaled = distance * (-self.log_width).exp().unsqueeze(1)  # (g, r, widths, n)
-        seen = read.seen[..., :c].unsqueeze(1)
+        seen = read.seen[..., :c]
+        columns = torch.cat([seen, read.x[..., :c] * seen], dim=2)
         # The nearest observation of any channel has weight 1; tails of a power law see the others' nearest, too.
-        near = scaled.detach().amin(dim=3, keepdim=True)
-        weight = ((1 + near.square()) / (1 + scaled.square())).square()
-        count, total = weight @ seen, weight @ (read.x[..., :c].unsqueeze(1) * seen)
-        mean = total / (count + 1e-6 * (1 - (count > 0).to(count)) + 1e-12)
-        level: Tensor = (mean * self.mix.softmax(dim=0)[:-1]).sum(dim=2)
+        sums = local_sums(read.after(), read.at_references(columns), self.log_width)
+        count, total = sums.unflatten(0, read.dt.shape[:2]).chunk(2, dim=2)
+        level: Tensor = (total / (count + 1e-12) * self.mix.softmax(dim=0)[:-1].mT).sum(dim=3)
         return level
 
 
@@ -195,10 +200,9 @@ class KernelEncoder(Encoder):
 
     def statistics(self, read: Read) -> Tensor:
         """What the kernels see, (g, r, 4 * n_kernels * p)."""
-        g, r, n = read.dt.shape
-        dt = torch.where(read.present.unsqueeze(1), read.dt, FAR).view(g * r, n)
-        seen, x = (part.repeat_interleave(r, dim=0) for part in (read.seen, read.x * read.seen))
-        return kernel_statistics(dt, x, seen, self.offset, self.log_width).view(g, r, -1)
+        x, seen = (read.at_references(part) for part in (read.x * read.seen, read.seen))
+        found = kernel_statistics(read.after(), x, seen, self.offset, self.log_width)
+        return found.view(*read.dt.shape[:2], -1)
 
 
 class RecurrentEncoder(Encoder):

@@ -1,11 +1,11 @@
-"""What Gaussian windows in time see of observations: one node of autograd, its derivatives written by hand.
+"""What windows in time see of observations: nodes of autograd, their derivatives written by hand.
 
 For many small windows, where passes over memory rule: weights are computed in leased memory, and the way back needs
 the windows' parameters alone, since times and values are data.
 
-Symbols: G references, n rows about each, K windows, p channels. ``u`` is a row's distance from a window's centre in
-``sqrt(2)`` widths, ``w`` its weight; over the rows, ``c`` is the weights' sum, ``m`` the mean value, ``l`` the mean
-time and ``q`` the mean of their product.
+Symbols: G references, n rows about each, K windows, p channels. Of Gaussian windows ``u`` is a row's distance from the
+centre in ``sqrt(2)`` widths; over the rows, ``c`` is the weights' sum, ``m`` the mean value, ``l`` the mean time and
+``q`` the mean of their product.
 """
 
 from __future__ import annotations
@@ -121,6 +121,54 @@ class _Statistics(torch.autograd.Function):
         d_offset = (2 * HALF) * by_centre / width - off_centre.sum(dim=(0, 1))
         d_width = 2 * by_width - moved.sum(dim=(0, 1)) - (off_centre * (seen.late - offset)).sum(dim=(0, 1))
         return None, None, None, d_offset, d_width
+
+
+def local_sums(dt: Tensor, read: Tensor, log_width: Tensor) -> Tensor:
+    """Sums of columns over rows, weighted by ``(1 + (dt / width)^2)^-2``, the nearest row by 1.
+
+    Parameters
+    ----------
+    dt : tensor of shape (G, n)
+        Times of rows after the reference, :data:`FAR` where there is none. It gets no gradient.
+    read : tensor of shape (G, n, q)
+        Columns. They get no gradient.
+    log_width : tensor of shape (K,)
+
+    Returns
+    -------
+    tensor of shape (G, q, K)
+    """
+    keep = torch.is_grad_enabled() and log_width.requires_grad
+    found: Tensor = _LocalSums.apply(keep, dt, read, log_width)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _LocalSums(torch.autograd.Function):
+    """The sums, and their exact derivative; ``far`` is ``(dt / width)^2``."""
+
+    @staticmethod
+    def forward(ctx: Any, keep: bool, dt: Tensor, read: Tensor, log_width: Tensor) -> Tensor:
+        (g, n), k = dt.shape, len(log_width)
+        memory = _leased(2 * g * n * k, dt)
+        far, weight = (piece.view(g, n, k) for piece in memory.memory[: 2 * g * n * k].chunk(2))
+        torch.mul(dt.unsqueeze(2), (-log_width).exp(), out=far)
+        far.mul_(far)
+        nearest = far.amin(dim=1, keepdim=True).add_(1)
+        torch.add(far, 1, out=weight)
+        torch.div(nearest, weight, out=weight)
+        weight.mul_(weight)
+        if keep:
+            ctx.save_for_backward(read)
+            ctx.seen = memory, far, weight
+        return torch.bmm(read.mT, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        (read,) = ctx.saved_tensors
+        _, far, weight = ctx.seen
+        pulled = torch.bmm(read, cotangent).mul_(weight).mul_(far).div_(far + 1)
+        return None, None, None, 4 * pulled.sum(dim=(0, 1))
 
 
 def _leased(size: int, like: Tensor) -> Lease[Tensor]:

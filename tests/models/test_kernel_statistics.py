@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skode.models.kernel_statistics import FAR, LEAST, kernel_statistics
+from skode.models.kernel_statistics import FAR, LEAST, kernel_statistics, local_sums
 
 
 def plain(dt: Tensor, values: Tensor, seen: Tensor, offset: Tensor, log_width: Tensor) -> Tensor:
@@ -73,6 +73,19 @@ def test_passes_that_wait_for_their_gradient_keep_their_memory() -> None:
         kernel_statistics(second[0], second[1], first[2], *own)
     for retain in (True, False):
         torch.testing.assert_close(torch.autograd.grad(one.sum(), own, retain_graph=retain), expected)
+
+
+def test_local_sums_and_their_gradient_are_those_of_plain_operations() -> None:
+    dt, values, seen = rows(6, 12, 3)
+    log_width = torch.tensor([0.03, 0.3, 1.0], dtype=torch.float64).log().requires_grad_()
+    far = (dt.unsqueeze(2) / log_width.exp()).square()
+    weight = ((1 + far.detach().amin(dim=1, keepdim=True)) / (1 + far)).square()
+    expected = torch.cat([seen, values], dim=2).mT @ weight
+    found = local_sums(dt, torch.cat([seen, values], dim=2), log_width)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    cotangent = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    pulled = [torch.autograd.grad(x, log_width, cotangent)[0] for x in (found, expected)]
+    torch.testing.assert_close(pulled[0], pulled[1], rtol=1e-11, atol=1e-11)
 
 
 def test_float32_is_as_exact_as_its_digits() -> None:
