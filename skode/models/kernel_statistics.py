@@ -1,7 +1,7 @@
 """What windows in time see of observations: nodes of autograd, their derivatives written by hand.
 
-For many small windows, where passes over memory rule: weights are computed in leased memory, and the way back needs
-the windows' parameters alone, since times and values are data.
+For many small windows, where passes over memory rule: weights are computed in leased memory, and in training the way
+back goes to the windows' parameters alone, since times and values are data.
 
 Symbols: G references, n rows about each, K windows, p channels. Of Gaussian windows ``u`` is a row's distance from the
 centre in ``sqrt(2)`` widths; over the rows, ``c`` is the weights' sum, ``m`` the mean value, ``l`` the mean time and
@@ -11,6 +11,7 @@ centre in ``sqrt(2)`` widths; over the rows, ``c`` is the weights' sum, ``m`` th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,9 +40,9 @@ def kernel_statistics(dt: Tensor, values: Tensor, seen: Tensor, offset: Tensor, 
     Parameters
     ----------
     dt : tensor of shape (G, n)
-        Times of rows after the reference, :data:`FAR` where there is none. It gets no gradient.
+        Times of rows after the reference, :data:`FAR` where there is none.
     values : tensor of shape (G, n, p)
-        0 where not seen. They get no gradient.
+        0 where not seen.
     seen : tensor of shape (G, n, p)
         0 or 1.
     offset, log_width : tensors of shape (K,)
@@ -52,9 +53,14 @@ def kernel_statistics(dt: Tensor, values: Tensor, seen: Tensor, offset: Tensor, 
     """
     time = dt.unsqueeze(2)
     read = torch.cat([seen, values, seen * time, values * time], dim=2)
-    keep = torch.is_grad_enabled() and (offset.requires_grad or log_width.requires_grad)
-    found: Tensor = _Statistics.apply(keep, dt, read, offset, log_width)  # type: ignore[no-untyped-call]
+    inputs = dt, read, offset, log_width
+    found: Tensor = _Statistics.apply(_any_asks(inputs), *inputs)  # type: ignore[no-untyped-call]
     return found
+
+
+def _any_asks(inputs: Sequence[Tensor]) -> bool:
+    """Whether any is to get a gradient."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 class _Seen(NamedTuple):
@@ -117,10 +123,12 @@ class _Statistics(torch.autograd.Function):
         pulled = held.memory[: seen.u.numel()].view(seen.u.shape)
         torch.bmm(read, sums.flatten(1, 2), out=pulled).mul_(seen.weight).mul_(seen.u)
         by_centre = pulled.sum(dim=(0, 1))
+        d_dt = (pulled @ (-2 * HALF / width)) if ctx.needs_input_grad[1] else None
+        d_read = torch.bmm(seen.weight, sums.flatten(1, 2).mT) if ctx.needs_input_grad[2] else None
         by_width = pulled.mul_(seen.u).sum(dim=(0, 1))
         d_offset = (2 * HALF) * by_centre / width - off_centre.sum(dim=(0, 1))
         d_width = 2 * by_width - moved.sum(dim=(0, 1)) - (off_centre * (seen.late - offset)).sum(dim=(0, 1))
-        return None, None, None, d_offset, d_width
+        return None, d_dt, d_read, d_offset, d_width
 
 
 def local_sums(dt: Tensor, read: Tensor, log_width: Tensor) -> Tensor:
@@ -129,17 +137,17 @@ def local_sums(dt: Tensor, read: Tensor, log_width: Tensor) -> Tensor:
     Parameters
     ----------
     dt : tensor of shape (G, n)
-        Times of rows after the reference, :data:`FAR` where there is none. It gets no gradient.
+        Times of rows after the reference, :data:`FAR` where there is none.
     read : tensor of shape (G, n, q)
-        Columns. They get no gradient.
+        Columns.
     log_width : tensor of shape (K,)
 
     Returns
     -------
     tensor of shape (G, q, K)
     """
-    keep = torch.is_grad_enabled() and log_width.requires_grad
-    found: Tensor = _LocalSums.apply(keep, dt, read, log_width)  # type: ignore[no-untyped-call]
+    inputs = dt, read, log_width
+    found: Tensor = _LocalSums.apply(_any_asks(inputs), *inputs)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -158,17 +166,19 @@ class _LocalSums(torch.autograd.Function):
         torch.div(nearest, weight, out=weight)
         weight.mul_(weight)
         if keep:
-            ctx.save_for_backward(read)
+            ctx.save_for_backward(dt, read, log_width)
             ctx.seen = memory, far, weight
         return torch.bmm(read.mT, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        (read,) = ctx.saved_tensors
+        dt, read, log_width = ctx.saved_tensors
         _, far, weight = ctx.seen
-        pulled = torch.bmm(read, cotangent).mul_(weight).mul_(far).div_(far + 1)
-        return None, None, None, 4 * pulled.sum(dim=(0, 1))
+        pulled = torch.bmm(read, cotangent).mul_(weight).div_(far + 1)
+        d_dt = -4 * dt * (pulled @ (-2 * log_width).exp()) if ctx.needs_input_grad[1] else None
+        d_read = torch.bmm(weight, cotangent.mT) if ctx.needs_input_grad[2] else None
+        return None, d_dt, d_read, 4 * pulled.mul_(far).sum(dim=(0, 1))
 
 
 def _leased(size: int, like: Tensor) -> Lease[Tensor]:
