@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -40,17 +42,21 @@ def windows(k: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [x.to(dtype).requires_grad_() for x in (offset, (0.1 + 0.3 * offset.abs()).log())]
 
 
-@pytest.mark.parametrize("shape", [(4, 9, 1, 5), (3, 1, 2, 4), (6, 12, 13, 8)])
-def test_statistics_and_gradients_are_those_of_plain_operations(shape: tuple[int, int, int, int]) -> None:
-    g, n, p, k = shape
-    dt, values, seen = rows(g, n, p)
-    asked = [dt.requires_grad_(), values.requires_grad_(), *windows(k)]
-    found, expected = (f(asked[0], asked[1], seen, *asked[2:]) for f in (kernel_statistics, plain))
+def assert_alike(own: Callable[..., Tensor], other: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+    """Values, and gradients by all inputs."""
+    asked = [x.detach().requires_grad_() for x in inputs]
+    found, expected = own(*asked), other(*asked)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
     cotangent = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     pulled = (torch.autograd.grad(x, asked, cotangent) for x in (found, expected))
     for ours, theirs in zip(*pulled, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(4, 9, 1, 5), (3, 1, 2, 4), (6, 12, 13, 8)])
+def test_statistics_and_gradients_are_those_of_plain_operations(shape: tuple[int, int, int, int]) -> None:
+    g, n, p, k = shape
+    assert_alike(kernel_statistics, plain, [*rows(g, n, p), *windows(k)])
 
 
 def test_gradients_are_those_of_finite_differences_where_windows_are_wide() -> None:
@@ -77,18 +83,13 @@ def test_passes_that_wait_for_their_gradient_keep_their_memory() -> None:
 
 
 def test_local_sums_and_their_gradients_are_those_of_plain_operations() -> None:
+    def plain_sums(dt: Tensor, read: Tensor, log_width: Tensor) -> Tensor:
+        far = (dt.unsqueeze(2) / log_width.exp()).square()
+        return read.mT @ ((1 + far.detach().amin(dim=1, keepdim=True)) / (1 + far)).square()
+
     dt, values, seen = rows(6, 12, 3)
-    read = torch.cat([seen, values], dim=2)
     log_width = torch.tensor([0.03, 0.3, 1.0], dtype=torch.float64).log()
-    asked = [x.requires_grad_() for x in (dt, read, log_width)]
-    far = (dt.unsqueeze(2) / log_width.exp()).square()
-    expected = read.mT @ ((1 + far.detach().amin(dim=1, keepdim=True)) / (1 + far)).square()
-    found = local_sums(dt, read, log_width)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    cotangent = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    pulled = (torch.autograd.grad(x, asked, cotangent) for x in (found, expected))
-    for ours, theirs in zip(*pulled, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert_alike(local_sums, plain_sums, [dt, torch.cat([seen, values], dim=2), log_width])
 
 
 def test_float32_is_as_exact_as_its_digits() -> None:
