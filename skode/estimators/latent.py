@@ -344,7 +344,7 @@ class LatentODERegressor(LatentQueries, RegressorMixin, CallbackSupportMixin, Ba
         stride, calibration = self._judged(model, data)
         if again and not history.stopped:
             # What was held out of the few series is trained on, too: once more, as far as the best weights were.
-            options = replace(options, stop_after=history.best_update)
+            options = replace(options, stop_after=history.best_update, steps_per_unit=history.steps_per_unit)
             refit = self._model(config, seeds[0], device, fresh)
             data = self._split(series, windows, targets, torch_generator(seeds[1]), False)
             part = task.subtask("refit", options.n_rounds)

@@ -28,6 +28,7 @@ from skode.training.calibration import (
     choose_stride,
     distances,
 )
+from skode.training.latent import check_held_out
 from skode.training.windows import Panel, draw_batch, held_out_tasks
 from tests.models.test_latent_series import panel, piece
 
@@ -148,6 +149,31 @@ def test_training_by_the_node_moves_the_weights_as_training_by_the_solver_does(
         weights.append([p.detach() for p in model.parameters()])
     for one, other in zip(*weights, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("turns", "expected"), [(0.0, 2.0), (8.0, 4.0), (30.0, 16.0)])
+def test_steps_are_doubled_until_held_out_series_cannot_tell(turns: float, expected: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = LatentODE(LatentConfig(("gaussian",), latent_dim=2, anchored=False), generator)
+    with torch.no_grad():
+        model.field.turn.copy_(turns * torch.tensor([[0.0, 0.5], [-0.5, 0.0]]))
+        model.field.reach.zero_()
+    options = LatentOptions(n_updates=8, n_checks=8, steps_per_unit=2.0, learning_rate_init=1e-9)
+    history = train_latent(model, LatentData.split(sines(120, 1), generator), options, generator)
+    assert history.steps_per_unit == expected
+
+
+def test_what_steps_are_off_falls_by_their_order_and_models_of_targets_do_not_look() -> None:
+    generator = torch.Generator().manual_seed(0)
+    config = LatentConfig(("gaussian", "student_t"), n_static=1, latent_dim=2, anchored=False)
+    model, tasks = LatentODE(config, generator).double(), held_out_tasks(panel([9, 7]), generator)
+    with torch.no_grad():
+        model.field.turn.copy_(torch.tensor([[0.0, 3.0], [-3.0, 0.0]]))
+    few, more, many = (check_held_out(model, tasks, steps) for steps in (4.0, 8.0, 16.0))
+    assert few.step_error > 30 * more.step_error > 900 * many.step_error > 0
+    assert abs(more.score - many.score) < abs(few.score - many.score)
+    with_targets = LatentODE(replace(config, n_targets=1), generator).double()
+    assert check_held_out(with_targets, tasks, 4.0).step_error == 0.0
 
 
 def test_divergence_is_told() -> None:
