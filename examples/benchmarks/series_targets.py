@@ -145,7 +145,7 @@ def run(task: Task, method: Callable[[Task, int], np.ndarray], seed: int) -> dic
 
 
 def report(results: dict[str, Any], names: list[str], seeds: int) -> None:
-    methods = sorted({key.split("/")[2] for key in results})
+    methods = sorted({key.split("/")[2] for key in results if key.split("/")[0] in names})
     print("| set | " + " | ".join(methods) + " |\n|---|" + "---|" * len(methods))
     for name in names:
         cells = []
@@ -155,7 +155,7 @@ def report(results: dict[str, Any], names: list[str], seeds: int) -> None:
             cells.append(f"{np.mean(found):.3f} ± {error:.3f}" if found else "")
         print(f"| {name} | " + " | ".join(cells) + " |")
     for method in methods:
-        keys = [key for key in results if key.endswith("/" + method)]
+        keys = [key for name in names for seed in range(seeds) if (key := f"{name}/{seed}/{method}") in results]
         clipped = np.mean([max(results[key]["r2"], -1.0) for key in keys])
         seconds = np.mean([results[key]["seconds"] for key in keys])
         print(f"{method}: mean R2 (at least -1) {clipped:.4f}, CPU s {seconds:.2f}, {len(keys)} fits")

@@ -30,7 +30,8 @@ class FittedLatent(NamedTuple):
     """Configuration and NumPy arrays, nothing of torch.
 
     ``stride`` is how far forecasts hop; ``marginal`` (2, n_channels) has the channels' means and variances in the
-    model's units; ``training_keys`` tell the series of the fit by their content.
+    model's units; ``training_keys`` tell the series of the fit by their content; further training would take
+    ``steps_per_unit`` of time.
     """
 
     config: LatentConfig
@@ -41,6 +42,7 @@ class FittedLatent(NamedTuple):
     stride: float | None
     calibration: Calibration
     training_keys: NDArray[np.uint64]
+    steps_per_unit: float = 4.0
 
     def build(self, dtype: torch.dtype, device: torch.device) -> LatentODE:
         """The torch module."""

@@ -326,7 +326,7 @@ class LatentODERegressor(LatentQueries, RegressorMixin, CallbackSupportMixin, Ba
         windows = self._windows(panel, scaling.time)
         data = self._split(series, windows, targets, torch_generator(seeds[1]), self._validates(panel))
         report = Table(validated=bool(data.held_out)) if self.verbose else None
-        options = latent_options(self, panel, with_targets=targets is not None)
+        options = latent_options(self, panel, with_targets=targets is not None, fresh=fresh)
         again = fresh and data.in_parts
         task = FitTask.root(self, options.n_rounds + again, X, y)
 
@@ -486,6 +486,7 @@ class LatentODERegressor(LatentQueries, RegressorMixin, CallbackSupportMixin, Ba
             stride,
             calibration,
             training_keys,
+            history.steps_per_unit,
         )
         self.horizon_stride_ = None if stride is None else stride * scaling.time
         self.n_iter_ = max(1, history.n_updates)

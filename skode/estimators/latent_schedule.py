@@ -21,13 +21,14 @@ FEWEST_WINDOWS = 16  # of an update
 STEPS, STEPS_FOR_TARGETS, STEPS_FOR_EVENTS = 4.0, 2.0, 16.0
 
 
-def latent_options(estimator: Any, panel: Panel, *, with_targets: bool) -> LatentOptions:
-    """The estimator's arguments, completed for a training panel."""
+def latent_options(estimator: Any, panel: Panel, *, with_targets: bool, fresh: bool) -> LatentOptions:
+    """The estimator's arguments, completed for a training panel; steps at least those of the fit to go on with."""
     events, steps, updates = estimator.point_process, STEPS, UPDATES
     if events:
         steps, updates = STEPS_FOR_EVENTS, UPDATES_FOR_EVENTS
     elif with_targets:
         steps, updates = STEPS_FOR_TARGETS, UPDATES_FOR_TARGETS
+    steps = steps if fresh else max(steps, estimator._fitted.steps_per_unit)
     n_values = int((~np.isnan(panel.values)).sum()) + (len(panel.times) if events else 0)
     n = estimator.max_iter
     if n is None:

@@ -295,7 +295,7 @@ class HeldInputs:
 
     def at_shares(self, series: Tensor, start: Tensor, durations: Tensor, shares: Sequence[float]) -> Tensor:
         """For rows as of :meth:`along` the inputs (m, n, k + s) at m shares of the way."""
-        distinct = sorted(set(shares))
-        t = start + start.new_tensor(distinct).unsqueeze(1) * durations.squeeze(1)
-        found = self.at(series.repeat(len(distinct)), t.flatten()).view(len(distinct), len(series), -1)
-        return found[[distinct.index(share) for share in shares]]
+        number = {share: i for i, share in enumerate(dict.fromkeys(shares))}
+        t = start + start.new_tensor(list(number)).unsqueeze(1) * durations.squeeze(1)
+        found = self.at(series.repeat(len(number)), t.flatten()).view(len(number), len(series), -1)
+        return found[[number[share] for share in shares]]

@@ -98,7 +98,8 @@ class _Pool:
                 if not stock:
                     del self._unused[key]
                 return Lease(key, memory, nbytes)
-        return Lease(key, make(), nbytes)
+        with torch.inference_mode(False):  # it will be written to by others, who may not be in that mode
+            return Lease(key, make(), nbytes)
 
     def take_back(self, key: Hashable, memory: Any, nbytes: int) -> None:
         # May be called by the garbage collector at any time, so it does not wait for the lock.

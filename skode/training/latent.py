@@ -26,8 +26,8 @@ LARGEST_GRADIENT = 1.0  # norm
 MANY_SERIES = 100  # from which on whole series are held out, else parts of all
 MANY_TARGETS = 20  # the same where series have targets
 MOST_HELD_OUT = 150
-# What training's steps may be off, squared, of the mean squared error; else there are twice as many, up to a number for
-# a unit of time.
+# What training's steps may be off (see :class:`HeldOutCheck`); else there are twice as many, up to a number for a unit
+# of time.
 STEP_ERROR, MOST_STEPS_PER_UNIT = 0.01, 16.0
 
 
@@ -79,7 +79,7 @@ class LatentOptions:
 class LatentHistory:
     """Mean losses between the checks, held-out log-densities an observation, and the update whose weights stay.
 
-    ``steps_per_unit`` are those of the last update; ``stopped``: a watcher or the user ended training.
+    ``steps_per_unit`` are those that further updates would take; ``stopped``: a watcher or the user ended training.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -294,8 +294,9 @@ class _Run:
             score = found.score - held_out_error(self.model, self.data.held_targets)
             self._take(own)
             self.history.validation_scores.append(score)
-            if found.step_error > STEP_ERROR:
-                self.history.steps_per_unit = min(2 * self.history.steps_per_unit, MOST_STEPS_PER_UNIT)
+            steps = self.history.steps_per_unit
+            if found.step_error > STEP_ERROR and steps < MOST_STEPS_PER_UNIT:
+                self.history.steps_per_unit = min(2 * steps, MOST_STEPS_PER_UNIT)
         better = score is None or score > self._best + self.options.tol
         if better:
             self._best = self._best if score is None else score
@@ -373,14 +374,17 @@ def log_likelihood(model: LatentODE, z: Tensor, series: Series) -> Tensor:
 
 
 class HeldOutCheck(NamedTuple):
-    """Mean log-density of held-out observations, and what the steps are off, squared, of the mean squared error."""
+    """Mean log-density of held-out observations, and what training's steps are off, squared.
+
+    That is told of a normal channel in units of its mean squared error, of others in those of what is decoded.
+    """
 
     score: float
     step_error: float
 
 
 def check_held_out(model: LatentODE, tasks: list[HeldOut], steps_per_unit: float) -> HeldOutCheck:
-    """Held-out observations along the posterior's mean, by twice as many steps: predictions will be exact.
+    """Held-out observations along the posterior's mean, by twice as many steps (32 at most): predictions will be exact.
 
     A normal channel has the noise that suits it best, not the learned one: calibration comes later, and of what was
     read in training less is known than of what is held out. Models of targets predict no series: their steps are not

@@ -16,6 +16,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from skode import LatentODERegressor, Panel
 from skode.model_selection import SeriesKFold
 from skode.models.kriging import Kernel
+from skode.training import train_latent
 from tests.estimators.series import QUICK, SMALL, long_frame, panel_of, waves
 
 
@@ -298,6 +299,21 @@ def test_a_pickle_holds_no_torch_and_predicts_the_same(quick):
     data = pickle.dumps(quick)
     assert b"torch" not in data
     np.testing.assert_array_equal(pickle.loads(data).predict(panel).values, quick.predict(panel).values)
+
+
+def test_steps_that_a_fit_turned_out_to_need_are_those_of_its_refit_and_of_warm_starts(monkeypatch):
+    taken = []
+
+    def recorded(model, data, options, *others, **more):
+        taken.append(options.steps_per_unit)
+        return train_latent(model, data, options, *others, **more)
+
+    monkeypatch.setattr("skode.estimators.latent.train_latent", recorded)
+    monkeypatch.setattr("skode.training.latent.STEP_ERROR", -1.0)  # no steps are good enough
+    model = LatentODERegressor(**{**QUICK, "max_iter": 10}, warm_start=True).fit(panel_of(10, 0))
+    assert taken == [4.0, 8.0]
+    model.fit(panel_of(10, 0))
+    assert taken == [4.0, 8.0, 8.0]
 
 
 def test_a_warm_start_goes_on(quick):

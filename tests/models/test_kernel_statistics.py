@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def plain(dt: Tensor, values: Tensor, seen: Tensor, offset: Tensor, log_width: T
     mean, late, product = (x / (count + LEAST) for x in (total, late, product))
     slope = (product - mean * late) / width.unsqueeze(1)
     place = 3 * torch.tanh((late - offset.unsqueeze(1)) / (3 * width.unsqueeze(1)))
-    density = torch.logaddexp((count + LEAST).log() - nearest, count.new_tensor(-8.0)) / 4
+    density = torch.log1p((count + LEAST) * (8 - nearest).exp()) / 4 - 2
     return torch.stack([mean, slope, place, density], dim=2)
 
 
@@ -42,21 +42,29 @@ def windows(k: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [x.to(dtype).requires_grad_() for x in (offset, (0.1 + 0.3 * offset.abs()).log())]
 
 
-def assert_alike(own: Callable[..., Tensor], other: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
-    """Values, and gradients by all inputs."""
-    asked = [x.detach().requires_grad_() for x in inputs]
-    found, expected = own(*asked), other(*asked)
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
-    cotangent = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    pulled = (torch.autograd.grad(x, asked, cotangent) for x in (found, expected))
-    for ours, theirs in zip(*pulled, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+def assert_alike(
+    own: Callable[..., Tensor], other: Callable[..., Tensor], data: list[Tensor], by: list[Tensor]
+) -> None:
+    """Values, gradients, and second derivatives, by the windows alone and by all inputs."""
+    for of_data in (False, True):
+        given = [x.detach().requires_grad_(of_data) for x in data]
+        asked = [x.detach().requires_grad_() for x in by]
+        values = [f(*given, *asked) for f in (own, other)]
+        asked += given if of_data else []
+        weight = torch.randn(values[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        once = [torch.autograd.grad(x, asked, weight, retain_graph=True) for x in values]
+        again = [torch.autograd.grad(x, asked, weight * x.detach(), create_graph=True) for x in values]
+        twice = [torch.autograd.grad(sum(g.square().sum() for g in found), asked) for found in again]
+        torch.testing.assert_close(values[0], values[1], rtol=1e-11, atol=1e-11)
+        for first, second in ((once[0], once[1]), (twice[0], twice[1])):
+            for ours, theirs in zip(first, second, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("shape", [(4, 9, 1, 5), (3, 1, 2, 4), (6, 12, 13, 8)])
 def test_statistics_and_gradients_are_those_of_plain_operations(shape: tuple[int, int, int, int]) -> None:
     g, n, p, k = shape
-    assert_alike(kernel_statistics, plain, [*rows(g, n, p), *windows(k)])
+    assert_alike(kernel_statistics, plain, list(rows(g, n, p)), windows(k))
 
 
 def test_gradients_are_those_of_finite_differences_where_windows_are_wide() -> None:
@@ -89,7 +97,26 @@ def test_local_sums_and_their_gradients_are_those_of_plain_operations() -> None:
 
     dt, values, seen = rows(6, 12, 3)
     log_width = torch.tensor([0.03, 0.3, 1.0], dtype=torch.float64).log()
-    assert_alike(local_sums, plain_sums, [dt, torch.cat([seen, values], dim=2), log_width])
+    assert_alike(local_sums, plain_sums, [dt, torch.cat([seen, values], dim=2)], [log_width])
+
+
+def test_transforms_of_torch_func_see_through() -> None:
+    data, (offset, log_width) = rows(3, 6, 2), (x.detach() for x in windows(4))
+    slope = torch.func.grad(lambda w: kernel_statistics(*data, offset, w).square().sum())(log_width)
+    asked = log_width.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(kernel_statistics(*data, offset, asked).square().sum(), asked)
+    torch.testing.assert_close(slope, expected)
+    each = torch.func.vmap(lambda w: kernel_statistics(*data, offset, w))(torch.stack([log_width, log_width + 0.1]))
+    torch.testing.assert_close(each[1], kernel_statistics(*data, offset, log_width + 0.1))
+
+
+def test_memory_that_was_made_in_inference_mode_serves_training() -> None:
+    shape = (11, 13, 2)  # of no other test
+    with torch.inference_mode():
+        kernel_statistics(*rows(*shape), *windows(17))
+    own = windows(17)
+    kernel_statistics(*rows(*shape), *own).sum().backward()
+    assert all(x.grad is not None for x in own)
 
 
 def test_float32_is_as_exact_as_its_digits() -> None:

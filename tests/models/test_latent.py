@@ -176,3 +176,9 @@ def test_steps_in_one_node_are_the_solvers_own(counts: bool) -> None:
     assert len(found[0]) == len(found[1]) == (3 if counts else 2) + 1 + len(list(own.field.parameters()))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_targets_begin_as_their_mean() -> None:
+    series = panel([4, 6])
+    found = model(n_static=1, n_targets=2).targets(series)
+    assert torch.equal(found, torch.zeros(2, 2, dtype=torch.float64))

@@ -163,6 +163,14 @@ def test_steps_are_doubled_until_held_out_series_cannot_tell(turns: float, expec
     assert history.steps_per_unit == expected
 
 
+def test_more_steps_than_are_ever_added_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skode.training.latent.STEP_ERROR", -1.0)
+    generator = torch.Generator().manual_seed(0)
+    model = LatentODE(LatentConfig(("gaussian",), latent_dim=2, hidden_layer_sizes=(8,)), generator)
+    options = LatentOptions(n_updates=2, n_checks=2, steps_per_unit=24.0)
+    assert train_latent(model, LatentData.split(sines(12, 1), generator), options, generator).steps_per_unit == 24.0
+
+
 def test_what_steps_are_off_falls_by_their_order_and_models_of_targets_do_not_look() -> None:
     generator = torch.Generator().manual_seed(0)
     config = LatentConfig(("gaussian", "student_t"), n_static=1, latent_dim=2, anchored=False)
