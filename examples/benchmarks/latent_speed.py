@@ -148,7 +148,7 @@ def epochs() -> None:
         made = time.process_time() - start
         families = ("gaussian", "gaussian")
         scaling = SeriesScaling.fit(panel, families)
-        series = scaling.series(panel, torch.float32, torch.device("cpu"))
+        series = scaling.series(panel, torch.float32, torch.device("cpu"), None)
         model = LatentODE(LatentConfig(families), torch.Generator().manual_seed(0))
         data = LatentData.split(series, torch.Generator().manual_seed(0), validate=False)
         n_updates = -(-n_series // 100)
