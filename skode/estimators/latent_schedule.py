@@ -16,8 +16,8 @@ UPDATES, UPDATES_FOR_TARGETS, UPDATES_FOR_EVENTS = (600, 25.0), (60, 3.0), (400,
 MOST_UPDATES = 3_000
 UPDATES_A_CHECK, MOST_CHECKS = 10, 20
 FEWEST_WINDOWS = 16  # of an update
-# Steps of RK4 for a median span. Targets are read from the encoder alone; a rate's integral must see every wave that
-# the rate can have, or events draw spikes between the steps.
+# Steps of RK4 for a median span, at first. Targets are read from the encoder alone; a rate's integral must see every
+# wave that the rate can have, or events draw spikes between the steps.
 STEPS, STEPS_FOR_TARGETS, STEPS_FOR_EVENTS = 4.0, 2.0, 16.0
 
 

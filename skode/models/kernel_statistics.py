@@ -83,6 +83,7 @@ def _by_node(
     data: tuple[Tensor, ...],
     parameters: tuple[Tensor, ...],
 ) -> Tensor:
+    """The same from a node or, where it would not do, from plain operations."""
     grad = torch.is_grad_enabled()
     if wrapped.active() or torch.compiler.is_compiling() or (grad and any(x.requires_grad for x in data)):
         return plain(*data, *parameters)

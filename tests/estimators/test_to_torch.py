@@ -167,6 +167,36 @@ def test_a_latent_ode_as_a_module_predicts_the_same(options: dict[str, Any]) -> 
         module(torch.tensor(t), given)
 
 
+def test_modules_of_targets_have_second_derivatives_by_values_and_weights() -> None:
+    t, values, panel = series()
+    module = LatentODERegressor(**LATENT).fit(panel, np.arange(len(panel), dtype=float)).to_torch()
+    times, given = torch.tensor(t), torch.nan_to_num(torch.tensor(values))
+    weight = next(x for name, x in module.named_parameters() if name.endswith("encoder.offset"))
+
+    def slopes(x: torch.Tensor) -> torch.Tensor:
+        asked = x.clone().requires_grad_()
+        (found,) = torch.autograd.grad(module(times, asked).square().sum(), asked)
+        return found
+
+    def steepness(create_graph: bool) -> torch.Tensor:
+        (found,) = torch.autograd.grad(module(times, given).square().sum(), weight, create_graph=create_graph)
+        return found.square().sum()
+
+    asked = given.clone().requires_grad_()
+    (first,) = torch.autograd.grad(module(times, asked).square().sum(), asked, create_graph=True)
+    torch.testing.assert_close(torch.func.grad(lambda x: module(times, x).square().sum())(given), first)
+    (second,) = torch.autograd.grad(first.sum(), asked)
+    torch.testing.assert_close(second, (slopes(given + 1e-5) - slopes(given - 1e-5)) / 2e-5, rtol=1e-5, atol=1e-7)
+    (by_weight,) = torch.autograd.grad(steepness(create_graph=True), weight)
+    with torch.no_grad():
+        weight[3] += 1e-6
+    high = steepness(create_graph=False)
+    with torch.no_grad():
+        weight[3] -= 2e-6
+    difference = float(high - steepness(create_graph=False)) / 2e-6
+    assert float(by_weight[3]) == pytest.approx(difference, rel=1e-3) and difference != 0
+
+
 def test_a_latent_ode_of_targets_as_a_module_predicts_them() -> None:
     t, values, panel = series()
     model = LatentODERegressor(**LATENT).fit(panel, np.arange(6.0))
